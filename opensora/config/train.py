@@ -159,7 +159,9 @@ class OptimConfig:
         if self.lr <= 0:
             raise ConfigError(f"optim.lr={self.lr} is not positive", hint="1e-4 is a usual start")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise ConfigError(f"optim.ema_decay={self.ema_decay} is not within 0 and 1", hint="0.99 to 0.9999 are usual")
+            raise ConfigError(
+                f"optim.ema_decay={self.ema_decay} is not within 0 and 1", hint="0.99 to 0.9999 are usual"
+            )
         for name in ("warmup_steps", "grad_clip", "weight_decay", "eps"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"optim.{name}={getattr(self, name)} is negative", hint="use 0 or more")
@@ -343,4 +345,6 @@ class TrainConfig:
                 hint="set train.steps instead of train.epochs",
             )
         if not self.data.bucket_config:
-            raise ConfigError("data.bucket_config is empty: no clip would be used", hint='for example {"240p": {51: [1.0, 2]}}')
+            raise ConfigError(
+                "data.bucket_config is empty: no clip would be used", hint='for example {"240p": {51: [1.0, 2]}}'
+            )
