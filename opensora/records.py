@@ -17,7 +17,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from opensora.errors import ExitCode, OpenSoraError, SupersededError
+from opensora.errors import ExitCode, OpenSoraError, SupersededError, UsageError
 
 if TYPE_CHECKING:  # the launcher reads end records without opening a store; fsspec takes longer than the launcher
     from opensora.storage import Storage
@@ -120,21 +120,32 @@ def check_not_superseded(run: Storage, attempt: int) -> None:
         )
 
 
+def enter_attempt(run: Storage, attempt: int | None) -> int:
+    """Announce the attempt of the given number, or claim the next one where none is given.
+
+    Raises:
+        SupersededError: the given number is no longer the newest.
+    """
+    if attempt is None:
+        return next_attempt(run)
+    announce_attempt(run, attempt)
+    check_not_superseded(run, attempt)
+    return attempt
+
+
 def own_attempt(run: Storage) -> int:
     """The attempt that this process belongs to: the number its launcher gave it, else a newly claimed one.
 
     Without a launcher's number only one process of a run may call this; it tells the others.
 
     Raises:
+        UsageError: `OPENSORA_ATTEMPT` is not a number from 1.
         SupersededError: the given number is no longer the newest.
     """
     given = os.environ.get(ATTEMPT)
-    if given is None:
-        return next_attempt(run)
-    attempt = int(given)
-    announce_attempt(run, attempt)
-    check_not_superseded(run, attempt)
-    return attempt
+    if given is not None and not (given.isascii() and given.isdigit() and int(given) > 0):
+        raise UsageError(f"{ATTEMPT}={given!r} is not a whole number from 1", hint="unset it to take the next number")
+    return enter_attempt(run, int(given) if given else None)
 
 
 # ------------------------------------------------------------------------------------------------- end records
@@ -233,7 +244,8 @@ class EndRecord:
         where = f" in {self.phase}" if self.phase else ""
         where += f" at step {self.step}" if self.step is not None else ""
         where += f", bucket {self.bucket}" if self.bucket else ""
-        said = self.message or self.reason or (self.last_words[-1] if self.last_words else "")
+        lines = [line for line in (*self.message.splitlines(), self.reason) if line.strip()]
+        said = lines[0].strip() if lines else ""
         return f"{MEANINGS.get(self.code, 'failed')} ({self.code}){where}" + (f": {said}" if said else "")
 
 

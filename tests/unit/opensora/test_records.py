@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opensora import records
-from opensora.errors import ConfigError, DivergedError, ExitCode, SupersededError
+from opensora.errors import ConfigError, DivergedError, ExitCode, SupersededError, UsageError
 from opensora.records import EndRecord, Verdict
 from opensora.storage import Storage
 
@@ -72,7 +72,7 @@ def test_an_attempt_learns_that_a_newer_one_has_started(run: Storage) -> None:
     attempt = records.next_attempt(run)
     records.check_not_superseded(run, attempt)
     records.next_attempt(run)
-    with pytest.raises(SupersededError, match="attempt 1 of .* is superseded by attempt 2"):
+    with pytest.raises(SupersededError, match=r"attempt 1 of .* is superseded by attempt 2"):
         records.check_not_superseded(run, attempt)
 
 
@@ -88,6 +88,13 @@ def test_a_rank_belongs_to_the_attempt_of_its_launcher(run: Storage, monkeypatch
     assert records.newest_attempt(run) == 4
     records.announce_attempt(run, 5)
     with pytest.raises(SupersededError):
+        records.own_attempt(run)
+
+
+@pytest.mark.parametrize("given", ["", "0", "-1", "two", "²"])
+def test_a_wrong_attempt_number_is_refused(run: Storage, monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setenv(records.ATTEMPT, given)
+    with pytest.raises(UsageError, match="OPENSORA_ATTEMPT"):
         records.own_attempt(run)
 
 
@@ -123,7 +130,7 @@ def test_keys_of_a_newer_version_are_ignored() -> None:
     ["", "{", "[]", "null", "{}", '{"rank": 0, "time": 1, "code": 1}', '{"rank": "0", "time": 1, "code": 1}', b"\xff"],
 )
 def test_a_damaged_record_is_a_value_error(text: str | bytes) -> None:
-    with pytest.raises(ValueError, match=""):
+    with pytest.raises(ValueError, match=r"record|Expecting|decode"):
         EndRecord.from_json(text)
 
 
@@ -207,6 +214,11 @@ def test_the_verdict_names_the_rank_that_failed_first(ends: list[EndRecord], fir
 def test_the_verdict_reads_like_a_sentence() -> None:
     ends = [record(0, 84, 2), EndRecord(rank=1, time=1, code=86, reason="x", message="boom", phase="saving", step=3)]
     assert records.judge(ends, now=9).message == "rank 1 failed first: out of memory (86) in saving at step 3: boom"
+
+
+def test_the_sentence_stays_on_one_line() -> None:
+    ends = [record(0, 86, message="\nno memory\n| allocated | 3 GiB |")]
+    assert records.judge(ends, now=9).message == "rank 0 failed first: out of memory (86): no memory"
 
 
 def test_a_verdict_survives_its_file() -> None:
