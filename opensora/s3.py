@@ -254,7 +254,8 @@ class Connection:
         self.patience.was_reached = True
         code = str(error.response.get("Error", {}).get("Code", ""))
         status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-        said = f"{code or 'error'}, HTTP {status}"
+        text = str(error.response.get("Error", {}).get("Message", ""))
+        said = f"HTTP {status} {code}" if code != str(status) else f"HTTP {status}"
         if code == "NoSuchUpload":
             return LostUploadError(said)
         if code == "NoSuchBucket":
@@ -269,13 +270,13 @@ class Connection:
             return TransientError(said, answered=True)
         if code in _ACCESS_CODES or status in (301, 307, 401, 403):
             return StorageAccessError(
-                f"{uri}: access refused by the storage at {self.store} ({said}: {error})",
+                f"{uri}: access refused by the storage at {self.store} ({said}: {text})",
                 hint="check the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY), their rights on the bucket, "
                 "and the region (AWS_DEFAULT_REGION)",
             )
         if status == 404:
             return ObjectNotFoundError(f"{uri} does not exist", hint="check the path for a typing error")
-        return StorageError(f"{uri}: the storage at {self.store} refused the request ({said}: {error})")
+        return StorageError(f"{uri}: the storage at {self.store} refused the request ({said}: {text})")
 
 
 class S3Objects:
@@ -420,7 +421,9 @@ class S3Objects:
             return
 
     def delete_tree(self, folder: str) -> None:
-        names = [self._name(entry[0]) for entry in self.walk(folder)]
+        names = [item["Key"] for page in self._pages(folder) for item in page.get("Contents", [])]
+        # Stores that are file systems below keep empty folders, and list them, until `folder/` is deleted as well.
+        names += sorted({parent for name in names for parent in _folders(name, self._name(folder))}, reverse=True)
         for start in range(0, len(names), _DELETES_PER_REQUEST):
             objects = [{"Key": name} for name in names[start : start + _DELETES_PER_REQUEST]]
             answer = self._request("delete_objects", Delete={"Objects": objects, "Quiet": True})
@@ -502,6 +505,13 @@ def _in_order(work: Callable[[int], _T], starts: Iterable[int]) -> Iterator[_T]:
 
 def _uri(bucket: str, name: str) -> str:
     return f"s3://{bucket}/{name}".rstrip("/")
+
+
+def _folders(name: str, top: str) -> Iterator[str]:
+    """The keys of the folders that an object lies in, up to `top`, each with its slash at the end."""
+    for index in range(len(top), len(name) - 1):
+        if name[index] == "/":
+            yield name[: index + 1]
 
 
 def _client_error(error: BaseException | None) -> boto.ClientError | None:
