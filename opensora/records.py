@@ -8,6 +8,7 @@ picks the record that explains the end of the attempt. Importing this module imp
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import time
@@ -21,6 +22,8 @@ from opensora.errors import ExitCode, OpenSoraError, SupersededError, UsageError
 
 if TYPE_CHECKING:  # the launcher reads end records without opening a store; fsspec takes longer than the launcher
     from opensora.storage import Storage
+
+logger = logging.getLogger(__name__)
 
 # Environment of a rank. The first six are those of torchrun, so that ranks run under either.
 RANK = "RANK"
@@ -270,6 +273,20 @@ def write_end_record(record: EndRecord) -> bool:
     finally:
         os.unlink(temporary)
     return True
+
+
+def read_end_records(run: Storage, attempt: int) -> dict[int, EndRecord]:
+    """Rank → end record of an attempt, as far as they are written; damaged ones are left out."""
+    found = {}
+    for name in run.list_names(f"{ATTEMPTS_PREFIX}/{attempt}"):
+        if name.startswith("rank-"):
+            try:
+                record = EndRecord.from_json(run.read(f"{ATTEMPTS_PREFIX}/{attempt}/{name}"))
+            except ValueError as error:
+                logger.warning("%s of attempt %d is damaged: %s", name, attempt, error)
+            else:
+                found[record.rank] = record
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------- verdict
