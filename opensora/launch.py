@@ -15,7 +15,6 @@ import math
 import os
 import random
 import selectors
-import shutil
 import signal
 import socket
 import subprocess
@@ -24,6 +23,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import FrameType
@@ -131,19 +131,20 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> LaunchCon
     for option in fields(LaunchConfig):
         if "help" in option.metadata:
             variable = f"OPENSORA_{option.name.upper()}"
+            default = None if option.name == "node_rank" else option.default  # a Job's index may stand in for it
             parser.add_argument(
                 _flag(option.name),
                 type=kinds.get(str(option.type), str),
-                default=environment.get(variable, option.default),
+                default=environment.get(variable, default),
                 metavar=option.name.rpartition("_")[2].upper(),
                 help=f"{option.metadata['help']} (${variable}; default: {option.default})",
             )
     parser.add_argument("module", help="module or Python file that every rank runs")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
     values = vars(parser.parse_args(arguments))
-    index = environment.get("JOB_COMPLETION_INDEX", "")
-    if values["nnodes"] > 1 and not values["node_rank"] and "OPENSORA_NODE_RANK" not in environment and index.isdigit():
-        values["node_rank"] = int(index)
+    if values["node_rank"] is None:
+        index = environment.get("JOB_COMPLETION_INDEX", "") if values["nnodes"] > 1 else ""
+        values["node_rank"] = int(index) if index.isdigit() else 0
     config = LaunchConfig(**values | {"arguments": tuple(values["arguments"])})
     _check_program(config.module)
     return config
@@ -403,7 +404,7 @@ class Launcher:
             records.END_RECORD: str(record_file),
         }
         if number == 0 and self._raw[2]:
-            environment[records.TERMINAL_COLUMNS] = str(shutil.get_terminal_size().columns)
+            environment[records.TERMINAL_COLUMNS] = str(os.get_terminal_size(2).columns or 80)  # 0: it does not know
         program = [config.module] if _is_file(config.module) else ["-m", config.module]
         command = [sys.executable, *program, *config.arguments]
         pipes = {1: os.pipe(), 2: os.pipe()}
@@ -599,8 +600,9 @@ def _launch(config: LaunchConfig, *, scratch: Path) -> Verdict:
     try:
         ends = launcher.run(logs)
     finally:
-        for log in logs.values():
-            log.close()
+        if logs:
+            with ThreadPoolExecutor(len(logs)) as closing:  # each may wait for the store
+                list(closing.map(lambda log: log.close(), logs.values()))
     verdict = records.judge(ends, attempt=attempt, now=time.time())
     if config.run_uri is not None and attempt is not None:
         _publish(config.run_uri, attempt, ends, verdict)
