@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import aiobotocore.session
 import aiohttp
@@ -44,6 +45,7 @@ _SLOWEST_BYTES_PER_SECOND = 128 * 1024
 _FIRST_DELAY_SECONDS = 0.2
 _LONGEST_DELAY_SECONDS = 5.0
 _DELETES_PER_REQUEST = 1000
+_TOKEN_NAME = "opensora-writer"
 
 _TRANSIENT_CODES = frozenset({
     "BadDigest", "ConditionalRequestConflict", "InternalError", "OperationAborted", "RequestLimitExceeded",
@@ -63,6 +65,7 @@ _CREDENTIAL_ERRORS = (
     boto.TokenRetrievalError,
 )
 _CONNECTION_ERRORS = (
+    boto.ConnectionError,
     boto.HTTPClientError,
     boto.IncompleteReadError,
     ResponseParserError,  # throttling proxies answer with pages that are not XML
@@ -383,22 +386,20 @@ class S3Objects:
                 raise
 
     def create(self, key: str, data: bytes) -> bool:
-        num_tries = 0
-
-        def request() -> bool:
-            nonlocal num_tries
-            num_tries += 1
+        # An answer can be lost after the store took the object, and aiohttp repeats some requests by itself. The token
+        # tells whether the object that is in the way is ours.
+        token = uuid4().hex
+        try:
+            self._request(
+                "put_object", key=key, size=len(data), Body=data, IfNoneMatch="*", Metadata={_TOKEN_NAME: token}
+            )
+        except PreconditionError:
             try:
-                self._call("put_object", key=key, size=len(data), Body=data, IfNoneMatch="*")
-            except PreconditionError:
-                return False
-            return True
-
-        created = self._connection.patience.run(request, deadline_seconds=self._deadline_seconds)
-        if not created and num_tries > 1:
-            # An earlier try may have arrived although its answer did not.
-            return b"".join(self.chunks(key)) == data
-        return created
+                found = self._request("head_object", key=key)
+            except ObjectNotFoundError:
+                return False  # deleted since
+            return bool(found.get("Metadata", {}).get(_TOKEN_NAME) == token)
+        return True
 
     def walk(self, folder: str) -> Iterator[Entry]:
         for page in self._pages(folder):
@@ -524,5 +525,6 @@ def _client_error(error: BaseException | None) -> boto.ClientError | None:
 
 
 def _reason(error: Exception) -> str:
-    """The class that names the problem best: "could not connect" is more useful with what the socket said."""
-    return type(error.__cause__ or error).__name__ if isinstance(error, boto.HTTPClientError) else type(error).__name__
+    """The class that names the problem best: what the socket said rather than "could not connect"."""
+    wrappers = (boto.ConnectionError, boto.HTTPClientError)
+    return type(error.__cause__ if isinstance(error, wrappers) and error.__cause__ else error).__name__

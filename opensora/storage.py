@@ -15,7 +15,7 @@ import shutil
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -145,11 +145,7 @@ class Storage:
         self._backend.put(self._key(path), view.nbytes, lambda start, length: bytes(view[start : start + length]))
 
     def create(self, path: str, data: bytes) -> bool:
-        """Write an object unless there is one already; False when there is. Of several callers one gets True.
-
-        A connection that breaks after the store took the object leaves it open who wrote it; equal content is then
-        taken as ours. So callers that compete write something of their own (a host name and a time, say).
-        """
+        """Write an object unless there is one already; False when there is. Of several callers one gets True."""
         return self._backend.create(self._key(path), data)
 
     def upload(self, local: Path, path: str) -> None:
@@ -387,8 +383,9 @@ class LocalFiles:
             return []
 
     def delete(self, key: str) -> None:
-        with _local_errors(key):
-            Path(key).unlink(missing_ok=True)
+        if not os.path.isdir(key):  # a folder is no object
+            with _local_errors(key), suppress(FileNotFoundError, NotADirectoryError):
+                os.unlink(key)
 
     def delete_tree(self, folder: str) -> None:
         with _local_errors(folder):

@@ -114,6 +114,11 @@ class ObjectStore:
         self._process.kill()
         self._process.wait()
         self._process = None
+        # Sockets that it leaves behind, outside of its folder.
+        for port in self._ports.values():
+            for name in (f"seaweedfs-*-{port}.sock", f"seaweedfs-*-{port + _GRPC_OFFSET}.sock"):
+                for path in Path("/tmp").glob(name):
+                    path.unlink(missing_ok=True)
 
     def create_bucket(self, name: str) -> None:
         """Make a bucket; that it exists already is fine. Names have at least three characters."""
@@ -154,6 +159,7 @@ class ObjectStore:
             "-s3", f"-s3.port={self._ports['s3']}", f"-s3.config={identities}",
             f"-master.port={self._ports['master']}", f"-volume.port={self._ports['volume']}",
             f"-filer.port={self._ports['filer']}", "-volume.max=0", "-master.volumeSizeLimitMB=64",
+            "-s3.port.iceberg=0", "-s3.port.lance=0",  # these have fixed ports, over which two servers would fight
             "-s3.autoCreateBucket=false",  # a typing error in a bucket's name must not make one
         ]  # fmt: skip
         environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}

@@ -90,8 +90,11 @@ def test_lists_all_objects_below_a_folder_and_none_beside_it(storage: Storage) -
 
 
 def test_deleting_what_is_missing_is_fine(storage: Storage) -> None:
-    storage.delete("missing")
+    storage.write("folder/object", b"")
+    for path in ("missing", "missing/below", "folder", "folder/object/below"):
+        storage.delete(path)
     storage.delete_tree("missing")
+    assert [info.path for info in storage.list()] == ["folder/object"], "a folder is no object"
 
 
 def test_delete_tree_takes_the_folder_and_leaves_its_neighbours(storage: Storage) -> None:
