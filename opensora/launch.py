@@ -299,8 +299,8 @@ class _Rank:
         return replace(self.end, last_words=[word.decode(errors="replace") for word in self.last_words])
 
 
-class _AskedToStopError(Exception):
-    """A signal came before any rank was started."""
+class _AskedToStopError(BaseException):
+    """A signal came before any rank was started. Like KeyboardInterrupt it passes by what handles mere errors."""
 
     def __init__(self, signum: int) -> None:
         self.signum = signum
@@ -309,7 +309,7 @@ class _AskedToStopError(Exception):
 class Launcher:
     """The ranks of this machine, from the first to the last process. One main-thread loop, no locks."""
 
-    def __init__(self, config: LaunchConfig, *, environment: Mapping[str, str], scratch: Path) -> None:
+    def __init__(self, config: LaunchConfig, *, environment: Mapping[str, str], scratch: Path, err: Screen) -> None:
         self._config = config
         self._environment = environment
         self._scratch = scratch
@@ -323,7 +323,6 @@ class Launcher:
         self._selector = selectors.DefaultSelector()
         self._guardian: subprocess.Popen[bytes] | None = None
         on_terminal = os.isatty(2)
-        err = Screen(2)
         self._screens = {1: err if on_terminal and os.isatty(1) else Screen(1), 2: err}
         self._raw = {1: os.isatty(1), 2: on_terminal}
 
@@ -367,6 +366,8 @@ class Launcher:
     def run(self, logs: Mapping[int, PartSpool]) -> list[EndRecord]:
         """Start the ranks, wait for all of them, return how they ended. `logs` are by rank, where they are kept."""
         self._started = True
+        if self._stop_signals:  # raised where Python can only print it, in a destructor
+            raise _AskedToStopError(self._stop_signals[0])
         if os.getpid() != 1:  # the end of PID 1 ends its container
             self._guardian = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", _GUARDIAN],
@@ -448,27 +449,18 @@ class Launcher:
     def _reap(self) -> None:
         for rank in self._ranks:
             if not rank.gone:
-                found = os.waitid(os.P_PID, rank.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-                if found is not None:
-                    killed = found.si_code in (os.CLD_KILLED, os.CLD_DUMPED)
-                    self._ended(rank, -found.si_status if killed else found.si_status)
-                else:
-                    self._oom_kills.watch(rank.pid)
-        while os.getpid() == 1:  # orphans of the whole container come to PID 1
-            with contextlib.suppress(ChildProcessError):
-                other = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-                if other is not None and all(rank.gone or rank.pid != other.si_pid for rank in self._ranks):
-                    os.waitpid(other.si_pid, 0)
-                    continue
-            break
+                self._oom_kills.watch(rank.pid)
+        with contextlib.suppress(ChildProcessError):
+            while (found := os.waitpid(-1, os.WNOHANG))[0]:  # to PID 1 come the orphans of the whole container
+                for rank in self._ranks:
+                    if rank.pid == found[0]:
+                        self._ended(rank, os.waitstatus_to_exitcode(found[1]))
 
     def _ended(self, rank: _Rank, status: int) -> None:
         now = time.time()
-        # Its children end with it. The rank is not reaped yet, so the number of its group is still its own.
         rank.gone = True
-        self._kill_group(rank)
-        os.waitpid(rank.pid, 0)
         rank.process.returncode = status
+        self._kill_group(rank)  # its children end with it
         oom_killed = None
         if status == -signal.SIGKILL and rank.killed is None and self._oom_kills.killed(rank.pid):
             limit = self._oom_kills.limit_bytes(rank.pid)
@@ -553,14 +545,15 @@ class Launcher:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    logging.basicConfig(level=logging.INFO, format="[launcher] %(message)s", stream=sys.stderr)
+    """Run the command line; returns the exit code. Takes over the signals and the children of this process."""
+    err = Screen(2)
+    logging.basicConfig(level=logging.INFO, format="[launcher] %(message)s", stream=err)
     attempt = None
     try:
         config = parse(sys.argv[1:] if arguments is None else arguments, os.environ)
         attempt = config.attempt
         with tempfile.TemporaryDirectory(prefix="opensora-launch-", ignore_cleanup_errors=True) as scratch:
-            verdict = _launch(config, scratch=Path(scratch))
+            verdict = _launch(config, scratch=Path(scratch), err=err)
     except _AskedToStopError as stop:
         code = ExitCode.INTERRUPTED if stop.signum == signal.SIGINT else ExitCode.STOPPED
         message = f"asked to stop ({_signal_name(stop.signum)}) before a rank was started"
@@ -573,9 +566,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return verdict.code
 
 
-def _launch(config: LaunchConfig, *, scratch: Path) -> Verdict:
+def _launch(config: LaunchConfig, *, scratch: Path, err: Screen) -> Verdict:
     environment = dict(os.environ)
-    launcher = Launcher(config, environment=environment, scratch=scratch)
+    launcher = Launcher(config, environment=environment, scratch=scratch, err=err)
     launcher.listen()
     run, attempt = None, config.attempt
     if config.run_uri is not None:

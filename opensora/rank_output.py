@@ -47,6 +47,10 @@ class Screen:
         self._write((_ERASE_LINE if self._mid_line else b"") + line)
         self._mid_line = False
 
+    def write(self, text: str) -> None:
+        """A line of the launcher's own log; `logging` writes each in one call."""
+        self.write_line(text.encode(errors="backslashreplace"))
+
     def write_raw(self, data: bytes) -> None:
         """Bytes of the rank that owns the cursor."""
         self._mid_line = not data.endswith(b"\n")
