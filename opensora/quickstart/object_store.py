@@ -159,6 +159,7 @@ class ObjectStore:
             "-s3", f"-s3.port={self._ports['s3']}", f"-s3.config={identities}",
             f"-master.port={self._ports['master']}", f"-volume.port={self._ports['volume']}",
             f"-filer.port={self._ports['filer']}", "-volume.max=0", "-master.volumeSizeLimitMB=64",
+            "-master.electionTimeout=1s",  # else a restart spends 20 s on electing the only candidate
             "-s3.port.iceberg=0", "-s3.port.lance=0",  # these have fixed ports, over which two servers would fight
             "-s3.autoCreateBucket=false",  # a typing error in a bucket's name must not make one
         ]  # fmt: skip
@@ -177,21 +178,34 @@ class ObjectStore:
             )
 
     def _wait_until_ready(self) -> bool:
-        """Whether the S3 service answers a signed request; False when the server has ended instead."""
+        """Whether requests can be served; False when the server has ended instead."""
         assert self._process is not None
         deadline = time.monotonic() + _START_SECONDS
         while time.monotonic() < deadline and self._process.poll() is None:
-            try:
-                # Refused without a signature, but not before the service runs.
-                urllib.request.urlopen(self.endpoint_url, timeout=2).close()
-            except urllib.error.HTTPError as error:
-                error.close()
-                if error.code == 403:
-                    return True
-            except OSError:
-                pass
+            if self._has_volumes() and self._s3_answers():
+                return True
             time.sleep(0.1)
         return False
+
+    def _s3_answers(self) -> bool:
+        try:
+            urllib.request.urlopen(self.endpoint_url, timeout=2).close()
+        except urllib.error.HTTPError as error:
+            error.close()
+            return error.code == 403  # refused without a signature, and not before the service runs
+        except OSError:
+            return False
+        return False
+
+    def _has_volumes(self) -> bool:
+        """Whether the service that holds the contents has reported to the one that knows where they are."""
+        try:
+            with urllib.request.urlopen(f"http://{_HOST}:{self._ports['master']}/dir/status", timeout=2) as answer:
+                topology = json.load(answer)["Topology"]
+        except (OSError, ValueError):
+            return False
+        racks = [rack for center in topology.get("DataCenters") or [] for rack in center.get("Racks") or []]
+        return any(rack.get("DataNodes") for rack in racks)
 
 
 def _find_weed() -> Path:
