@@ -1,0 +1,1 @@
+"""Parts that the models share: attention, embedders, modulation and the final layer."""
