@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import s3fs
 
 from opensora.config.train import StorageConfig
 from opensora.errors import ExitCode, ObjectNotFoundError, StorageAccessError, StorageError, StorageUnavailableError
@@ -197,8 +198,11 @@ def test_missing_credentials_are_said_at_once(bucket: str, monkeypatch: pytest.M
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("HOME", str(tmp_path))
-    with finishes_within(3), pytest.raises(StorageAccessError, match="no usable credentials") as caught:
-        Storage(f"s3://{bucket}/run", config=CONFIG).check_access(write=False)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # where Amazon's machines answer, others may only hang
+        monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("AWS_METADATA_SERVICE_TIMEOUT", "10")
+        with finishes_within(3), pytest.raises(StorageAccessError, match="no usable credentials") as caught:
+            Storage(f"s3://{bucket}/run", config=CONFIG).check_access(write=False)
     assert "AWS_ACCESS_KEY_ID" in str(caught.value.hint)
 
 
@@ -229,18 +233,20 @@ def test_a_malformed_endpoint_is_refused(bucket: str) -> None:
         Storage(f"s3://{bucket}", config=config).read("x")
 
 
-def test_a_silent_endpoint_is_given_up_after_the_deadline(bucket: str) -> None:
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        silent.listen(64)  # accepts and never says a word
+@pytest.mark.parametrize("call", ["read", "write", "write-large"])
+def test_a_silent_endpoint_is_given_up_after_the_deadline(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    monkeypatch.setattr("opensora.s3._SLOWEST_BYTES_PER_SECOND", 64 * MIB)  # else a part may take a minute
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and neither reads nor answers
         config = StorageConfig(
             endpoint_url=f"http://127.0.0.1:{silent.getsockname()[1]}",
             connect_timeout_seconds=1,
             read_timeout_seconds=0.5,
-            retry_deadline_seconds=2,
+            retry_deadline_seconds=1,
         )
-        with finishes_within(8), pytest.raises(StorageError, match="never reached in 2 s"):
-            Storage(f"s3://{bucket}", config=config).read("x")
+        with finishes_within(10), pytest.raises(StorageError, match="never reached in 1 s"):
+            CALLS[call](Storage(f"s3://{bucket}", config=config))
 
 
 def test_a_crash_of_the_server_during_reads_and_writes_is_waited_out(
@@ -365,6 +371,13 @@ def test_spools_survive_an_outage_without_holding_up_the_writer(
     assert storage.read("tensorboard/events") == b"before and during"
 
 
+REFUSALS = {
+    "slow down": (503, b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"),
+    "too many": (429, b"<html>a load balancer says: too many requests</html>"),
+    "no such upload": (404, b"<Error><Code>NoSuchUpload</Code><Message>Unknown upload.</Message></Error>"),
+}
+
+
 class Proxy:
     """Stands between a client and the store; `interfere` decides what happens to a request, by number and method."""
 
@@ -383,12 +396,12 @@ class Proxy:
                     proxy.num_requests += 1
                 verdict = proxy.interfere(number, self.command, self.path)
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                if verdict == "throttle":
-                    refusal = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
-                    self.send_response(503)
-                    self.send_header("Content-Length", str(len(refusal)))
+                if verdict in REFUSALS:
+                    status, content = REFUSALS[verdict]
+                    self.send_response(status)
+                    self.send_header("Content-Length", str(len(content)))
                     self.end_headers()
-                    self.wfile.write(refusal if self.command != "HEAD" else b"")
+                    self.wfile.write(content if self.command != "HEAD" else b"")
                     return
                 connection = http.client.HTTPConnection(host)
                 connection.request(self.command, self.path, body, dict(self.headers))
@@ -437,8 +450,9 @@ def behind_proxy(bucket: str, proxy: Proxy) -> Storage:
     return Storage(f"s3://{bucket}/run", config=config)
 
 
-def test_throttling_is_waited_out_part_by_part(behind_proxy: Storage, proxy: Proxy, large: bytes) -> None:
-    proxy.interfere = lambda number, method, path: "throttle" if number % 2 == 0 else "forward"
+@pytest.mark.parametrize("refusal", ["slow down", "too many"])
+def test_throttling_is_waited_out_part_by_part(behind_proxy: Storage, proxy: Proxy, large: bytes, refusal: str) -> None:
+    proxy.interfere = lambda number, method, path: refusal if number % 2 == 0 else "forward"
     behind_proxy.write("large", large)
     assert behind_proxy.read("large") == large
     assert [info.path for info in behind_proxy.list()] == ["large"]
@@ -474,18 +488,47 @@ def test_who_created_is_known_although_the_first_answer_was_lost(behind_proxy: S
 def test_a_large_write_is_done_although_its_last_answer_was_lost(
     behind_proxy: Storage, proxy: Proxy, large: bytes
 ) -> None:
-    lost: list[str] = []
+    completions: list[str] = []
 
     def lose_completion(number: int, method: str, path: str) -> str:
-        if method == "POST" and "uploadId=" in path and not lost:
-            lost.append(path)
-            return "lose the answer"
-        return "forward"
+        if method != "POST" or "uploadId=" not in path:
+            return "forward"
+        completions.append(path)
+        # A completed upload exists no more, so stores may answer the second try like this.
+        return "lose the answer" if len(completions) == 1 else "no such upload"
 
     proxy.interfere = lose_completion
     behind_proxy.write("large", large)
-    assert lost
+    assert len(completions) == 2
     assert behind_proxy.digest("large") == hashlib.sha256(large).hexdigest()
+
+
+def test_a_large_write_begins_anew_when_the_store_forgot_it(behind_proxy: Storage, proxy: Proxy, large: bytes) -> None:
+    behind_proxy.write("large", b"old")
+    refused: list[str] = []
+
+    def forget(number: int, method: str, path: str) -> str:
+        if "partNumber=2" in path and not refused:
+            refused.append(path)
+            return "no such upload"
+        return "forward"
+
+    proxy.interfere = forget
+    behind_proxy.write("large", large)
+    assert refused
+    assert behind_proxy.read("large") == large
+
+
+def test_a_failed_large_write_leaves_no_parts_behind(
+    behind_proxy: Storage, proxy: Proxy, bucket: str, object_store: ObjectStore, large: bytes
+) -> None:
+    behind_proxy.write("large", b"old")
+    proxy.interfere = lambda number, method, path: "no such upload" if "partNumber=2" in path else "forward"
+    with pytest.raises(StorageUnavailableError, match="lost the upload three times"):
+        behind_proxy.write("large", large)
+    assert behind_proxy.read("large") == b"old"
+    store = s3fs.S3FileSystem(skip_instance_cache=True)
+    assert not store.call_s3("list_multipart_uploads", Bucket=bucket).get("Uploads")
 
 
 def test_a_process_that_used_the_store_ends_quietly(storage: Storage) -> None:

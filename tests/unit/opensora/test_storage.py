@@ -24,6 +24,8 @@ from opensora.errors import (
 from opensora.s3 import Patience, TransientError
 from opensora.storage import Piece, RangeReader, Storage, locate
 
+MIB = 1024 * 1024
+
 
 @pytest.fixture(params=["local", "memory"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
@@ -40,8 +42,9 @@ def test_reads_back_what_was_written(storage: Storage) -> None:
 
 
 def test_a_typed_buffer_is_written_as_its_bytes(storage: Storage) -> None:
-    storage.write("numbers", memoryview(bytearray(16)).cast("d"))
-    assert storage.read("numbers") == bytes(16)
+    content = os.urandom(9 * MIB)  # more than is written at a time
+    storage.write("numbers", memoryview(bytearray(content)).cast("d"))
+    assert storage.read("numbers") == content
 
 
 @pytest.mark.parametrize(
@@ -196,9 +199,6 @@ class RecordingBackend:
     def piece(self, key: str, start: int, length: int, *, etag: str | None = None) -> Piece:
         self.requests.append((start, length))
         return Piece(self.content[start : start + length], len(self.content), "tag")
-
-
-MIB = 1024 * 1024
 
 
 def test_a_small_object_costs_one_request() -> None:
