@@ -547,7 +547,9 @@ class Launcher:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. Takes over the signals and the children of this process."""
     err = Screen(2)
-    logging.basicConfig(level=logging.INFO, format="[launcher] %(message)s", stream=err)
+    logging.basicConfig(level=logging.WARNING, format="[launcher] %(message)s", stream=err)
+    for name in ("opensora", __name__):  # `__main__` after `python -m`
+        logging.getLogger(name).setLevel(logging.INFO)
     attempt = None
     try:
         config = parse(sys.argv[1:] if arguments is None else arguments, os.environ)

@@ -379,6 +379,14 @@ def test_a_save_that_takes_long_may_finish_before_the_deadline(start: Start) -> 
     assert launched.finish() == 75
 
 
+def test_a_rank_that_has_saved_leaves_the_others_time_to_save(start: Start) -> None:
+    launched = start(SAVES.replace("lambda *_: end", "lambda *_: time.sleep(1.0 * rank) or end"), "--grace-seconds=0.1")
+    launched.wait_for("ready", "[rank 1] ready")
+    launched.process.send_signal(signal.SIGTERM)
+    assert launched.finish() == 75
+    assert launched.verdict.codes == {"0": 75, "1": 75}
+
+
 def test_every_further_sigterm_reaches_the_ranks_and_the_third_ends_them(start: Start) -> None:
     launched = start(
         """
@@ -436,6 +444,21 @@ def test_a_killed_launcher_leaves_neither_ranks_nor_their_children(start: Start)
     assert all(is_running(pid) for pid in pids)
     launched.process.kill()
     assert wait_until(lambda: not any(is_running(pid) for pid in pids))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux kills a process with its parent")
+def test_ranks_end_with_a_launcher_whose_guardian_was_killed_before(start: Start) -> None:
+    launched = start("say(os.getpid()); time.sleep(600)")
+    ranks = pids_of(launched, 2)
+    children = Path(f"/proc/{launched.process.pid}/task/{launched.process.pid}/children")
+    if not children.exists():
+        pytest.skip("this kernel does not list the children of a process")
+    others = {int(pid) for pid in children.read_text().split()} - set(ranks)
+    assert others, "the guardian"
+    for pid in others:
+        os.kill(pid, signal.SIGKILL)
+    launched.process.kill()
+    assert wait_until(lambda: not any(is_running(pid) for pid in ranks))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc")
@@ -573,6 +596,13 @@ def test_lines_of_many_ranks_stay_whole_and_in_order(start: Start) -> None:
         mine = [line for line in lines if re.match(rf"{re.escape(prefix)}{rank} \d+ x", line)]
         assert mine == [f"{prefix}{rank} {i} {'x' * 100}" for i in range(2000)]
     assert len(lines) == 6000
+
+
+def test_a_killed_rank_does_not_take_its_last_lines_with_it(start: Start) -> None:
+    launched = start('print("last words"); os.kill(os.getpid(), signal.SIGKILL)', ranks=1)
+    assert launched.finish() == 1
+    assert launched.out == b"last words\n"
+    assert launched.ended(0).last_words == ["last words"]
 
 
 def test_binary_and_endless_lines_pass(start: Start) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -13,7 +15,8 @@ import pytest
 
 from opensora import launch, records
 from opensora.errors import ExitCode, PeerLostError, UsageError
-from opensora.launch import Exit, parse, record_of, termination_message
+from opensora.launch import Exit, Launcher, parse, record_of, termination_message
+from opensora.rank_output import Screen
 from opensora.records import EndRecord, Verdict
 
 KILLED = EndRecord(rank=1, time=9, code=84, reason="killed by the launcher", message="did not end")
@@ -167,6 +170,14 @@ def test_a_program_may_be_a_file(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- others
+
+
+def test_a_stop_before_the_ranks_start_passes_by_whatever_handles_errors(tmp_path: Path) -> None:
+    launcher = Launcher(parse(HERE, {}), environment={}, scratch=tmp_path, err=Screen(2))
+    with pytest.raises(launch._AskedToStopError), contextlib.suppress(Exception):
+        launcher._on_stop(signal.SIGTERM, None)
+    with pytest.raises(launch._AskedToStopError):  # and is not forgotten where it could not be raised
+        launcher.run({})
 
 
 def test_a_free_port_is_not_one_that_outgoing_connections_take() -> None:
