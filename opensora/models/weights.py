@@ -11,7 +11,6 @@ import pickle
 import re
 import tempfile
 import zipfile
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -27,8 +26,10 @@ logger = logging.getLogger(__name__)
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 WRAPPING_KEYS = ("state_dict", "ema", "model", "module")
 """Names under which training scripts of the field store the weights beside other state."""
-RECOMPUTED = ("pos_embed", "pos_embed_temporal", "temp_embed")
+RECOMPUTED = ("pos_embed", "pos_embed_temporal", "temp_embed", "embeddings.position_ids")
 """Position tables that some published files carry; models compute theirs from the configuration."""
+MAX_GROUPS = 12
+"""Groups of names that an error message lists."""
 
 
 def load_weights(module: nn.Module, uri: str, *, strict: bool = True) -> None:
@@ -175,9 +176,11 @@ def _adapt(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Ten
 
 def _group(names: Iterable[str]) -> str:
     """Names that differ in their numbers only are given once."""
-    patterns = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names)
-    shown = [name if count == 1 else f"{name} (x{count})" for name, count in list(patterns.items())[:12]]
-    return ", ".join(shown) + (f" and {len(patterns) - 12} more" if len(patterns) > 12 else "")
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(name)
+    shown = [found[0] if len(found) == 1 else f"{pattern} (x{len(found)})" for pattern, found in groups.items()]
+    return ", ".join(shown[:MAX_GROUPS]) + (f" and {len(shown) - MAX_GROUPS} more" if len(shown) > MAX_GROUPS else "")
 
 
 def _first_line(error: BaseException) -> str:
