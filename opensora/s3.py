@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
+from functools import cache
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -475,7 +475,7 @@ class S3Objects:
         return answer
 
 
-@lru_cache(maxsize=16)
+@cache
 def _connect(
     endpoint_url: str | None,
     connect_seconds: float,
@@ -484,7 +484,8 @@ def _connect(
     pid: int,
 ) -> Connection:
     """One session for all storages that are reached alike. `settings` (the AWS_* variables) and `pid` are in the key
-    because botocore reads its credentials from the environment, and because no session survives a fork."""
+    because botocore reads its credentials from the environment, and because no session survives a fork. A process needs
+    few; they are kept to its end, since s3fs gives a dropped one only 0.1 s to close, too little on a busy machine."""
     return Connection(endpoint_url, connect_seconds, read_seconds)
 
 

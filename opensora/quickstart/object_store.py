@@ -26,6 +26,8 @@ from opensora.errors import MissingExtraError, StorageAccessError, StorageError
 logger = logging.getLogger(__name__)
 
 _HOST = "127.0.0.1"
+_REGION = "us-east-1"
+"""The server takes any; clients insist on one."""
 _SERVICES = ("master", "volume", "filer", "s3")
 _GRPC_OFFSET = 10_000
 """Every service also listens on its port plus this."""
@@ -75,7 +77,7 @@ class ObjectStore:
             "AWS_ENDPOINT_URL": self.endpoint_url,
             "AWS_ACCESS_KEY_ID": self.access_key,
             "AWS_SECRET_ACCESS_KEY": self.secret_key,
-            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_DEFAULT_REGION": _REGION,
         }
 
     def start(self) -> None:
@@ -122,15 +124,21 @@ class ObjectStore:
 
     def create_bucket(self, name: str) -> None:
         """Make a bucket; that it exists already is fine. Names have at least three characters."""
-        import s3fs  # slow to import, and the server alone does not need it
+        import botocore.session  # slow to import, and the server alone does not need it
 
-        fs = s3fs.S3FileSystem(
-            endpoint_url=self.endpoint_url, key=self.access_key, secret=self.secret_key, skip_instance_cache=True
+        client = botocore.session.Session().create_client(
+            "s3",
+            endpoint_url=self.endpoint_url,
+            aws_access_key_id=self.access_key,
+            aws_secret_access_key=self.secret_key,
+            region_name=_REGION,
         )
         try:
-            fs.call_s3("create_bucket", Bucket=name)
-        except FileExistsError:
+            client.create_bucket(Bucket=name)
+        except (client.exceptions.BucketAlreadyExists, client.exceptions.BucketAlreadyOwnedByYou):
             return
+        finally:
+            client.close()
 
     def log_tail(self, num_lines: int = 20) -> str:
         """The last lines of the server's log."""
