@@ -67,7 +67,11 @@ def unpatchify(x: Tensor, patch_size: tuple[int, int, int], size: tuple[int, int
     H, W = (-(-n // p) for n, p in zip(size[1:], patch_size[1:], strict=True))
     B, T = x.shape[:2]
     x = x.view(B, T, H, W, pt, ph, pw, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
-    return x.reshape(B, -1, T * pt, H * ph, W * pw)[:, :, : size[0], : size[1], : size[2]]
+    x = x.reshape(B, -1, T * pt, H * ph, W * pw)
+    if x.shape[2:] == size:
+        return x
+    # A copy, since sharding wrappers cannot put their hooks on a view that a model returns.
+    return x[:, :, : size[0], : size[1], : size[2]].contiguous()
 
 
 class ScalarEmbedder(nn.Module):

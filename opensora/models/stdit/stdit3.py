@@ -266,17 +266,15 @@ class STDiT3(nn.Module):
         if key not in self._positions:
             if len(self._positions) == MAX_CACHED_POSITIONS:
                 self._positions.pop(next(iter(self._positions)))
-            # A tensor made in inference mode could not be used in a later training step.
-            with torch.inference_mode(mode=False):
-                self._positions[key] = position_embedding(
-                    rows,
-                    columns,
-                    self.config.hidden_size,
-                    scale=scale,
-                    base_size=round(math.sqrt(rows * columns)),
-                    device=device,
-                    dtype=self.dtype,
-                )
+            self._positions[key] = position_embedding(
+                rows,
+                columns,
+                self.config.hidden_size,
+                scale=scale,
+                base_size=round(math.sqrt(rows * columns)),
+                device=device,
+                dtype=self.dtype,
+            )
         return self._positions[key]
 
 

@@ -97,6 +97,16 @@ def test_differences_are_named_in_groups_and_change_nothing(tmp_path: Path) -> N
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
+@pytest.mark.parametrize("kind", ["missing", "unexpected"])
+def test_one_weight_too_few_or_too_many_is_an_error(kind: str, tmp_path: Path) -> None:
+    state = weights() | {"extra": torch.zeros(1)} if kind == "unexpected" else weights()
+    if kind == "missing":
+        del state["layers.0.bias"]
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match=f"1 {kind}"):
+        load_weights(Net(), str(tmp_path / "w.safetensors"))
+
+
 def test_without_strict_differences_are_logged_but_shapes_are_still_an_error(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
