@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the usual name
 
-from opensora.errors import MissingExtraError
+from opensora.errors import ConfigError
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -24,12 +24,15 @@ def layer_norm(dim: int, *, fused: bool) -> nn.Module:
     """Layer norm without learnt scale and shift; apex's kernel when `fused`.
 
     Raises:
-        MissingExtraError: apex is asked for and not installed.
+        ConfigError: apex is asked for and not installed.
     """
     if not fused:
         return nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
     if importlib.util.find_spec("apex") is None:
-        raise MissingExtraError("model.enable_layernorm_kernel=True", extra="apex")
+        raise ConfigError(
+            "model.enable_layernorm_kernel=True needs NVIDIA apex, which is not installed",
+            hint="build it from github.com/NVIDIA/apex (the `apex` on PyPI is something else), or leave the setting out",
+        )
     # Installed only where it was asked for.
     from apex.normalization import FusedLayerNorm  # type: ignore[import-not-found, unused-ignore]
 

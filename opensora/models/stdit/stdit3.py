@@ -74,8 +74,8 @@ class STDiT3(nn.Module):
     """The model. Keywords are the fields of `STDiT3Config`.
 
     Raises:
-        ConfigError: an unknown keyword, or a combination that cannot work.
-        MissingExtraError: flash-attn or apex is asked for and not installed.
+        ConfigError: an unknown keyword, a combination that cannot work, or apex is asked for and not installed.
+        MissingExtraError: flash-attn is asked for and not installed.
     """
 
     def __init__(self, **keywords: Any) -> None:
