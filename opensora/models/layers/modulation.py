@@ -31,7 +31,7 @@ def layer_norm(dim: int, *, fused: bool) -> nn.Module:
     if importlib.util.find_spec("apex") is None:
         raise ConfigError(
             "model.enable_layernorm_kernel=True needs NVIDIA apex, which is not installed",
-            hint="build it from github.com/NVIDIA/apex (the `apex` on PyPI is something else), or leave the setting out",
+            hint="build it from github.com/NVIDIA/apex (`apex` on PyPI is something else), or leave the setting out",
         )
     # Installed only where it was asked for.
     from apex.normalization import FusedLayerNorm  # type: ignore[import-not-found, unused-ignore]
