@@ -1,0 +1,22 @@
+"""Distributed checkpoints through storage: write, commit, find the newest complete one, load, export.
+
+- `manifest`: what a checkpoint is in a run directory, which ones are complete, which ones may go;
+- `transfer`: how tensors become objects and come back, behind the interfaces of `torch.distributed.checkpoint`;
+- `manager`: when: copying in the loop's thread, writing in the background, committing, retention;
+- `export`: whole tensors for other programs.
+"""
+
+from opensora.checkpoint.export import export_safetensors, read_checkpoint_tensors
+from opensora.checkpoint.manager import CheckpointManager, SaveTicket
+from opensora.checkpoint.manifest import CheckpointInfo, DataObject, Manifest, find_checkpoints
+
+__all__ = [
+    "CheckpointInfo",
+    "CheckpointManager",
+    "DataObject",
+    "Manifest",
+    "SaveTicket",
+    "export_safetensors",
+    "find_checkpoints",
+    "read_checkpoint_tensors",
+]
