@@ -76,14 +76,14 @@ class SaveTicket:
 class CheckpointManager:
     """Saves and loads the state of one run.
 
-    All ranks make one each and call `save`, `newest` and `load` in the same order. Nothing is written before the
+    All ranks make one each and call `save` and `load` in the same order. Nothing is written before the
     first save, so a manager also serves to read another run.
 
     Args:
         run: the run directory.
         attempt: number of this attempt; a higher one that has announced itself prevents every further commit.
         config: what is kept.
-        is_main: true on rank 0 of the process group.
+        is_main: true on rank 0 of the process group, which reports for all.
         process_group: a gloo group used for nothing else, or None for one process. Its timeout must exceed the longest
             time by which one rank may finish its part of a save after another: a slow upload, or
             `StorageConfig.retry_deadline_seconds` of outage.
@@ -152,23 +152,14 @@ class CheckpointManager:
     def newest(self) -> CheckpointInfo | None:
         """The complete checkpoint with the highest step; incomplete ones are skipped, with a log line that says why.
 
-        Called by all ranks: rank 0 looks and tells the others, so that all load the same.
+        Not a collective call: one rank looks and tells the others, so that all load the same.
         """
-        if self._group is None:
-            return self._find_newest()
-        answer: list[CheckpointInfo | OpenSoraError | None] = [None]
-        if self._is_main:
-            try:
-                answer = [self._find_newest()]
-            except OpenSoraError as error:
-                answer = [error]
-        with self._translated("looking for a checkpoint"):
-            dist.broadcast_object_list(answer, group=self._group, group_src=0)
-        if isinstance(answer[0], OpenSoraError):
-            raise answer[0]
-        return answer[0]
+        scan = scan_checkpoints(self._run)
+        for left in scan.incomplete:
+            logger.warning("%s is skipped: %s", self._run.uri_of(left.path), left.reason)
+        return scan.complete[-1] if scan.complete else None
 
-    def load(self, info: CheckpointInfo, state: dict[str, Any], *, subset: bool = False) -> dict[str, Any]:
+    def load(self, info: CheckpointInfo, state: dict[str, Any], *, partial: bool = False) -> dict[str, Any]:
         """Load a checkpoint into the tensors of a state, in place; other values are replaced in the dictionary.
 
         The number of ranks and the sharding may differ from those that saved. Called by all ranks.
@@ -176,7 +167,7 @@ class CheckpointManager:
         Args:
             info: of this run.
             state: the same names, shapes and dtypes as saved.
-            subset: `state` may lack names that the checkpoint has, for example to take the weights alone.
+            partial: `state` may lack names that the checkpoint has, for example to take the weights alone.
 
         Returns:
             The metadata given to `save`.
@@ -185,7 +176,7 @@ class CheckpointManager:
             CheckpointError: the checkpoint is damaged, or does not belong to this state. Raised on all ranks.
         """
         reader = CheckpointReader(self._run.child(info.path), info.manifest)
-        _check_same_state(reader.metadata, state, uri=self._run.uri_of(info.path), subset=subset)
+        _check_same_state(reader.metadata, state, uri=self._run.uri_of(info.path), partial=partial)
         with self._translated(f"loading {self._run.uri_of(info.path)}"):
             if self._group is None:
                 load_alone(state, reader, ValueLoadPlanner())
@@ -200,7 +191,8 @@ class CheckpointManager:
             with self._translated(f"saving step {ticket.step}"):
                 info = self._write(ticket, snapshot, metadata)
         except BaseException as error:
-            logger.warning("step %d could not be saved: %s", ticket.step, error)
+            if self._is_main:
+                logger.warning("step %d could not be saved: %s", ticket.step, error)
             ticket._finish(error)
             return
         self._committed_step = ticket.step
@@ -252,13 +244,6 @@ class CheckpointManager:
         except OpenSoraError as error:
             logger.warning("old checkpoints are left where they are: %s", error)
 
-    def _find_newest(self) -> CheckpointInfo | None:
-        scan = scan_checkpoints(self._run)
-        newest = scan.complete[-1] if scan.complete else None
-        for left in scan.incomplete:
-            logger.warning("%s is skipped: %s", self._run.uri_of(left.path), left.reason)
-        return newest
-
     @contextmanager
     def _translated(self, doing: str) -> Iterator[None]:
         """Turn what torch raises for failures on any rank into errors of ours."""
@@ -290,12 +275,12 @@ def _json_copy(metadata: dict[str, Any]) -> dict[str, Any]:
     return copy
 
 
-def _check_same_state(metadata: Metadata, state: dict[str, Any], *, uri: str, subset: bool) -> None:
+def _check_same_state(metadata: Metadata, state: dict[str, Any], *, uri: str, partial: bool) -> None:
     """Raise one error that lists all differences between a checkpoint and the state it is to be loaded into."""
     saved = metadata.state_dict_metadata
     differences = {
         "missing from the checkpoint": [name for name in state if name not in saved],
-        "unexpected in the checkpoint": [] if subset else [name for name in saved if name not in state],
+        "unexpected in the checkpoint": [] if partial else [name for name in saved if name not in state],
         "different": [
             f"{name} ({_describe_entry(saved[name])} saved, {_describe_value(value)} here)"
             for name, value in state.items()

@@ -364,13 +364,13 @@ def test_all_differences_from_the_state_are_in_one_error(run: Storage) -> None:
     assert all(torch.equal(torch.as_tensor(state[name]), value) for name, value in before.items())
 
 
-def test_a_subset_of_the_names_can_be_loaded_but_not_a_superset(run: Storage) -> None:
+def test_part_of_a_checkpoint_can_be_loaded_but_not_more_than_it_has(run: Storage) -> None:
     manager_of(run).save({"model.w": torch.ones(2), "optim.w": torch.ones(2)}, step=1, metadata={}, wait=True)
     state = {"model.w": torch.zeros(2)}
-    manager_of(run).load(only(run), state, subset=True)
+    manager_of(run).load(only(run), state, partial=True)
     assert torch.equal(state["model.w"], torch.ones(2))
     with pytest.raises(CheckpointError, match=r"missing from the checkpoint: model\.v"):
-        manager_of(run).load(only(run), {**state, "model.v": torch.zeros(2)}, subset=True)
+        manager_of(run).load(only(run), {**state, "model.v": torch.zeros(2)}, partial=True)
 
 
 @pytest.mark.parametrize(
