@@ -49,10 +49,10 @@ from opensora.checkpoint.manifest import INDEX_NAME, MANIFEST_NAME, DataObject, 
 from opensora.errors import CheckpointError, ObjectNotFoundError, OpenSoraError, StorageError
 from opensora.storage import Storage
 
-OBJECT_BYTES = 64 * 2**20
+OBJECT_BYTES = 16 * 2**20
 """Upper bound of an object's size, exceeded only by a tensor whose single row along its first axis is larger."""
 
-NUM_THREADS = 3
+NUM_THREADS = 4
 """Objects that a rank writes or reads at a time; with `OBJECT_BYTES` this bounds the memory used beside the state."""
 
 T = TypeVar("T")
