@@ -1,0 +1,1 @@
+"""What the quickstart needs besides the product: an object store on this machine, and real clips."""
