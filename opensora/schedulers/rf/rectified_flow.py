@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 
 from opensora.config.components import RFlowConfig
 from opensora.errors import ConfigError
@@ -19,6 +19,9 @@ from opensora.schedulers.rf import formulas
 
 class TextEncoder(Protocol):
     """What the sampler needs of a text encoder."""
+
+    y_embedder: nn.Module | None
+    """The model's caption embedder, which holds the null caption."""
 
     def encode(self, text: list[str]) -> dict[str, Tensor]:
         """`y` [B, 1, L, D] and `mask` [B, L]."""
@@ -203,6 +206,7 @@ class RFLOW:
 
         args = dict(additional_args or {})
         args.update(text_encoder.encode(prompts))
+        args["y"] = args["y"].to(device)
         if guided:
             args["y"] = torch.cat([args["y"], text_encoder.null(batch).to(args["y"])])
 
@@ -214,6 +218,7 @@ class RFLOW:
         if mask is not None:
             mask = mask.to(device, z.dtype)
             noised = mask == 1
+            is_edited = bool(((mask > 0) & (mask < 1)).any())
 
         steps: Iterable[int] = range(len(times))
         if progress:
@@ -223,10 +228,10 @@ class RFLOW:
             kept = z
             if mask is not None:
                 active = mask * total >= t[:, None]
-                noise = torch.randn_like(z) if fresh_noise is None else fresh_noise(i).to(z)
-                entering = formulas.per_frame(active & ~noised)
-                z = torch.where(entering, self.add_noise(z, noise, t), z)
-                noised = active
+                if is_edited:
+                    noise = torch.randn_like(z) if fresh_noise is None else fresh_noise(i).to(z)
+                    z = torch.where(formulas.per_frame(active & ~noised), self.add_noise(z, noise, t), z)
+                    noised = active
                 args["x_mask"] = active.repeat(halves, 1)
             v = model(torch.cat([z] * halves), t.repeat(halves), **args)[:, :channels].to(z.dtype)
             if guided:

@@ -19,6 +19,8 @@ SIZE = {"height": torch.tensor([240.0]), "width": torch.tensor([426.0])}
 class StubText:
     """y is 1 for a caption and 0 for the null caption."""
 
+    y_embedder = None
+
     def encode(self, text: list[str]) -> dict[str, Tensor]:
         return {"y": torch.ones(len(text), 1, 1, 1), "mask": torch.ones(len(text), 1)}
 
