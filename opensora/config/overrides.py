@@ -11,16 +11,18 @@ from dataclasses import MISSING
 from typing import Any
 
 from opensora.config.documents import Document, KeyPath, describe, parse_value
+from opensora.config.opensora_keys import our_key
 from opensora.config.typed import Problem, field_default, field_types, members, select_class, settings_classes
 from opensora.errors import ConfigError
 
 
-def apply_overrides(cls: type, document: Document, overrides: Sequence[str], problems: list[Problem]) -> None:
-    """Write overrides into the values of a document, later ones over earlier ones.
+def apply_overrides(cls: type, document: Document, overrides: Sequence[str], problems: list[Problem]) -> list[KeyPath]:
+    """Write overrides into the values of a document, later ones over earlier ones; returns the keys written.
 
     The types of `cls` say what is meant where the text alone does not: text fields take the value as it is written,
     and a list or mapping that is not in the document starts from its default.
     """
+    written: list[KeyPath] = []
     for override in overrides:
         key, equals, text = override.partition("=")
         path = tuple(key.strip().split("."))
@@ -30,6 +32,9 @@ def apply_overrides(cls: type, document: Document, overrides: Sequence[str], pro
                     f"{describe(override)} (command line): not of the form key=value", "for example train.steps=100"
                 )
             )
+            continue
+        if ours := our_key(cls, key.strip()):
+            problems.append(Problem(f"{override} (command line): unknown key", f"Open-Sora's {key.strip()} is {ours}"))
             continue
         origin = f"command line, {describe(override)}"
         annotation = _annotation(cls, document.values, path)
@@ -41,6 +46,8 @@ def apply_overrides(cls: type, document: Document, overrides: Sequence[str], pro
             continue
         document.forget_origins(path)
         document.origins[path] = origin
+        written.append(path)
+    return written
 
 
 def _parse(text: str, annotation: Any, origin: str) -> Any:
