@@ -284,7 +284,8 @@ class Video(AbstractContextManager["Video"]):
         self.close()
         self._file = self._resources.enter_context(self._storage.open(self._path))
         with self._decoding():
-            self._container = self._resources.enter_context(av.open(self._file, mode="r", buffer_size=1 << 16))
+            source = cast("Any", _DemuxerFile(self._file))
+            self._container = self._resources.enter_context(av.open(source, mode="r", buffer_size=1 << 16))
             streams = [stream for stream in self._container.streams.video if not stream.disposition & _ATTACHED_PICTURE]
             if not streams:
                 kinds = ", ".join(sorted({stream.type for stream in self._container.streams})) or "nothing"
@@ -412,6 +413,21 @@ class Video(AbstractContextManager["Video"]):
                 yield packet
 
 
+class _DemuxerFile:
+    """A file as a demuxer uses it: seeking to a place that cannot be, as damaged files suggest, fails quietly."""
+
+    def __init__(self, file: io.RawIOBase) -> None:
+        self.read = file.read
+        self.tell = file.tell
+        self._file = file
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        try:
+            return self._file.seek(offset, whence)
+        except (OSError, ValueError):
+            return -1
+
+
 class _Group:
     """Numbers of the frames from a key frame on, while their packets come in decoding order."""
 
@@ -490,7 +506,8 @@ class _FrameIndex:
 def _read_index(uri: str, container: Any, stream: Any, file: io.RawIOBase) -> _FrameIndex:
     """The index that an MP4 or QuickTime file begins or ends with."""
     is_mp4 = "mp4" in container.format.name
-    if not is_mp4 or stream.codec_context.name not in _ONE_FRAME_PER_PACKET or _is_fragmented(file):
+    codec = stream.codec_context.codec.canonical_name
+    if not is_mp4 or codec not in _ONE_FRAME_PER_PACKET or _is_fragmented(file):
         raise _IndexDoubtedError
     entries = [(entry.timestamp, entry.pos, entry.is_keyframe, entry.is_discard) for entry in stream.index_entries]
     end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
