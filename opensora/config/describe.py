@@ -10,7 +10,7 @@ import functools
 import inspect
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
@@ -100,26 +100,33 @@ def help_text(cls: type) -> str:
 
 def reference_page() -> str:
     """The reference page, in Markdown."""
-    parts = [_INTRODUCTION, "## Training\n", *_tables(TrainConfig), "## Sampling\n", *_tables(SampleConfig)]
+    training, sampling = list(sections_of(TrainConfig)), list(sections_of(SampleConfig))
+    parts = [_INTRODUCTION, "## Training\n"]
+    parts += [_table(section) for section in training if not section.types]
+    parts += ["## Sampling\n", _SAMPLING]
+    parts += [_table(section) for section in sampling if not section.types]
+    parts += ["## Components\n", _COMPONENTS]
+    parts += [_table(section) for section in training if section.types]
     parts += [_OPEN_SORA, "### Training keys and flags\n", _rule_table(TRAIN_RULES)]
     parts += ["### Sampling keys and flags\n", _SAMPLING_KEYS, _rule_table(SAMPLE_RULES)]
     return "\n".join(part.rstrip("\n") + "\n" for part in parts)
 
 
-def _tables(cls: type) -> Iterator[str]:
-    for section in sections_of(cls):
-        if section.name:
-            kinds = ", ".join(f"`{name}`" for name in section.types)
-            command = cls.__name__.removesuffix("Config").lower()
-            yield f"### {command}: `{section.name}`{f' of type {kinds}' if kinds else ''}\n"
-        yield f"{section.doc}\n"
-        yield "| key | type | default | meaning |\n| --- | --- | --- | --- |\n" + "\n".join(
-            f"| `{setting.key}` | {_cell(setting.type)} | `{_cell(setting.default)}` | {_cell(setting.doc)} |"
-            for setting in section.settings
-        )
+def _table(section: Section) -> str:
+    kinds = ", ".join(f"`{name}`" for name in section.types)
+    title = f"### `{section.name}`{f' of type {kinds}' if kinds else ''}\n\n" if section.name else ""
+    rows = [
+        f"| `{setting.key}` | {_cell(setting.type)} | {_default_cell(setting)} | {_cell(setting.doc)} |"
+        for setting in section.settings
+    ]
+    return f"{title}{section.doc}\n\n| key | type | default | meaning |\n| --- | --- | --- | --- |\n" + "\n".join(rows)
 
 
-def _rule_table(rules: tuple[KeyRule, ...]) -> str:
+def _default_cell(setting: Setting) -> str:
+    return setting.default if setting.default == _REQUIRED else f"`{_cell(setting.default)}`"
+
+
+def _rule_table(rules: Sequence[KeyRule]) -> str:
     rows = [f"| `{rule.key}` | {_verdict(rule)} |" for rule in rules]
     return "| Open-Sora | here |\n| --- | --- |\n" + "\n".join(rows)
 
@@ -137,7 +144,7 @@ def _cell(text: str) -> str:
 def _default_text(cls: type, name: str) -> str:
     default = field_default(cls, name)
     if default is MISSING:
-        return "required"
+        return _REQUIRED
     return _yaml(default)
 
 
@@ -147,6 +154,8 @@ def _yaml(value: Any) -> str:
         return f"[{', '.join(_yaml(item) for item in value)}]"
     return write_yaml({"x": value}).removeprefix("x:").strip()
 
+
+_REQUIRED = "required"
 
 _INTRODUCTION = """\
 # Settings
@@ -185,6 +194,15 @@ On the command line, `key=value` changes a setting, whatever file it comes from.
 Later ones win: the file, then flags, then overrides. Where two settings exclude each other (`train.steps` and
 `train.epochs`, `prompt` and `prompt_path`, `image_size` and `resolution` with `aspect_ratio`), one that is given on the
 command line replaces the other of the file.
+"""
+
+_SAMPLING = """\
+`python -m opensora.sample --run DIR --prompt "a waterfall"` needs nothing more: what is not given comes from the run.
+Without a run, a config holds the components below, `num_frames`, and `image_size` or `resolution` with `aspect_ratio`.
+"""
+
+_COMPONENTS = """\
+The same for training and sampling, where they come from the run unless given.
 """
 
 _OPEN_SORA = """\

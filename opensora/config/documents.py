@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import re
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,11 +48,17 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_text(self, data: str) -> yaml.ScalarNode:
+        """Text with Unicode's own line breaks keeps them only between double quotes, as escapes."""
+        style = '"' if re.search("[\x85\u2028\u2029\ufeff]", data) else None
+        return self.represent_scalar(_STR_TAG, data, style=style)
+
     def represent_mapping(self, tag: str, mapping: Any, flow_style: bool | None = None) -> yaml.MappingNode:
         """One key a line; only lists are written in one line."""
         return super().represent_mapping(tag, mapping, flow_style=False)
 
 
+_Dumper.add_representer(str, _Dumper.represent_text)
 for _name, _pattern, _first in _CORE_SCHEMA:
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), _first)
@@ -225,6 +232,8 @@ def _read_python(file: Path) -> Document:
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file.resolve())]
         line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else None
         place = f"{file}, line {line}" if line else str(file)
+        with warnings.catch_warnings(action="ignore", category=ResourceWarning):
+            traceback.clear_frames(error.__traceback__)  # MMEngine leaves its temporary file open on errors
         raise ConfigError(f"{place}: the config cannot be run: {type(error).__name__}: {error}") from error
     values = {key: value for key, value in loaded.items() if not str(key).startswith("_")}
     return Document(str(file), values, dict(_python_origins(file)))

@@ -99,7 +99,6 @@ TRAIN_RULES: tuple[KeyRule, ...] = (
     _moved("num_workers", "data.num_threads", "0 becomes 1", lambda value: 1 if value == 0 else value),
     _no_effect("num_bucket_build_workers", "clips are assigned to buckets in one vectorised pass"),
     _no_effect("prefetch_factor", "data.prefetch_batches says how many micro-batches are read ahead"),
-    _no_effect("pin_memory", "the reader decides by the device"),
     _moved("dtype", "dtype", "float16, half, bfloat16, float32 and float64 are accepted as well", _dtype),
     _moved("plugin", "parallel.sharding", "zero1, zero2 and their -seq forms are all `zero2`", _sharding),
     _moved("sp_size", "parallel.sequence"),

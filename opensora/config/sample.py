@@ -107,8 +107,13 @@ class SampleConfig:
     camera_motion: str | None = None
     """Camera motion to append to every prompt, for example `pan right`."""
 
+    clean_prompts: bool = True
+    """Bring prompts to the plain lower-case words that published models were trained on; switch it off for a model
+    that was trained on captions as they are."""
+
     save_dir: str = "./samples"
-    """Folder of the results, local or in a bucket. Clips that are there already are not sampled again."""
+    """Folder of the results, local or in a bucket. Clips that are there already, made with the same settings, are not
+    sampled again."""
     sample_name: str | None = None
     """First part of the file names; `sample` unless given, and nothing with `prompt_as_path`."""
     prompt_as_path: bool = False
