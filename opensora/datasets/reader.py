@@ -30,15 +30,13 @@ from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from opensora.datasets.catalogue import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from opensora.datasets.transforms import ClipTransform
 from opensora.errors import DataError
 from opensora.storage import Storage, locate
 
 if TYPE_CHECKING:
     import torch
-
-VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".m2ts", ".webm")
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 IMAGE_FPS = 120.0
 """Frame rate that the model is told for an image."""
