@@ -26,19 +26,18 @@ def load_prompts(
     *,
     config: StorageConfig | None = None,
 ) -> list[str]:
-    """The prompts of a text file, one per line; blank lines are left out, then the range is taken.
+    """The prompts of a file: a text file has one per line, blank lines left out; a CSV or Parquet file has a column
+    `text`. The range is taken from them.
 
     Raises:
-        DataError: the file is missing, is not text, or has no prompt in the range.
+        DataError: the file is missing, cannot be read, or has no prompt in the range.
     """
     storage, name = locate(prompt_path, config=config or StorageConfig())
     try:
-        lines = storage.read(name).decode("utf-8-sig").splitlines()
+        data = storage.read(name)
     except ObjectNotFoundError as error:
         raise DataError(f"prompt file {prompt_path} does not exist", hint="check --prompt-path") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"prompt file {prompt_path} is not UTF-8 text", hint="save it as UTF-8") from error
-    prompts = [line.strip() for line in lines if line.strip()]
+    prompts = _read_table(data, prompt_path) if name.endswith((".csv", ".parquet")) else _read_lines(data, prompt_path)
     chosen = prompts[start_idx:end_idx]
     if not chosen:
         raise DataError(
@@ -47,6 +46,36 @@ def load_prompts(
             hint="write one prompt per line; check --start-index and --end-index",
         )
     return chosen
+
+
+def _read_lines(data: bytes, path: str) -> list[str]:
+    try:
+        lines = data.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"prompt file {path} is not UTF-8 text", hint="save it as UTF-8") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _read_table(data: bytes, path: str) -> list[str]:
+    # Takes a while to load, and few jobs need it.
+    import pyarrow
+    from pyarrow import csv, parquet
+
+    try:
+        if path.endswith(".parquet"):
+            column = parquet.read_table(pyarrow.BufferReader(data), columns=["text"])["text"]
+        else:
+            column = csv.read_csv(
+                pyarrow.BufferReader(data),
+                parse_options=csv.ParseOptions(newlines_in_values=True),
+                convert_options=csv.ConvertOptions(include_columns=["text"], column_types={"text": pyarrow.string()}),
+            )["text"]
+    except (pyarrow.ArrowException, KeyError) as error:
+        raise DataError(
+            f"prompt file {path} has no readable column `text`: {str(error).splitlines()[0]}",
+            hint="name the column of prompts `text`, or give a text file with one prompt per line",
+        ) from error
+    return [str(text or "") for text in column.to_pylist()]
 
 
 def split_prompt(prompt_text: str) -> tuple[list[str], list[int] | None]:

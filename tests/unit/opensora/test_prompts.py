@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import csv, parquet
 
 from opensora.errors import DataError
 from opensora.sampling.cleaning import text_preprocessing
@@ -124,6 +126,18 @@ def test_prompts_are_read_line_by_line(tmp_path: Path) -> None:
     path.write_text("\ufeffa cat\n\n  a dog  \r\na bird", encoding="utf-8")
     assert load_prompts(str(path)) == ["a cat", "a dog", "a bird"]
     assert load_prompts(str(path), 1, 2) == ["a dog"]
+
+
+def test_prompts_are_read_from_the_captions_of_a_catalogue(tmp_path: Path) -> None:
+    texts = ["a cat, sleeping", "two\nlines", "42"]
+    table = pyarrow.table({"path": ["a.mp4", "b.mp4", "c.mp4"], "text": texts, "num_frames": [1, 2, 3]})
+    csv.write_csv(table, tmp_path / "meta.csv")
+    parquet.write_table(table, tmp_path / "meta.parquet")
+    assert load_prompts(str(tmp_path / "meta.csv")) == texts
+    assert load_prompts(str(tmp_path / "meta.parquet"), 1) == texts[1:]
+    csv.write_csv(table.drop_columns("text"), tmp_path / "meta.csv")
+    with pytest.raises(DataError, match="text"):
+        load_prompts(str(tmp_path / "meta.csv"))
 
 
 def test_an_unusable_prompt_file_is_named(tmp_path: Path) -> None:

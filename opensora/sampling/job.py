@@ -1,0 +1,316 @@
+"""A sampling job: all clips of a config, in batches, written one by one, continued where it stopped.
+
+A clip is `NAME.mp4` or `NAME.png`, and complete once `NAME.json` says how it was made; that file is written last. A
+later job leaves clips alone that were made in the same way, and makes the others anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from opensora.config.sample import SampleConfig
+from opensora.datasets.reader import Video, read_image
+from opensora.errors import DataError, DivergedError, ObjectNotFoundError, OutOfMemoryError
+from opensora.sampling.pipeline import SampleKey
+from opensora.sampling.prompts import extract_json_from_prompts, load_prompts, prepare_prompt
+from opensora.sampling.references import collect_references_batch, parse_mask_strategy
+from opensora.sampling.sheet import SheetRow, contact_sheet, pick_frames, sheet_row
+from opensora.sampling.source import Source
+from opensora.sampling.video_io import to_frames, write_image, write_video
+from opensora.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+MAX_SHEET_ROWS = 64
+"""Clips on a contact sheet; a larger job shows its first ones."""
+_READ_THREADS = 8
+_LONGEST_NAME = 200
+"""Bytes of a file name that is a prompt; most file systems allow 255 in all."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One result."""
+
+    name: str
+    """Path in the folder of results, without extension."""
+    index: int
+    """Number of its prompt, counted from the beginning of the file."""
+    draw: int
+    """Which of the clips of this prompt."""
+    prompt: str
+    """As given, without JSON."""
+    text: str
+    """What is encoded: with scores, cleaned, with loop marks."""
+    reference_path: str
+    mask_strategy: str
+
+    @property
+    def record_path(self) -> str:
+        return f"{self.name}.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a job is."""
+
+    done: int
+    """Clips written."""
+    total: int
+    """Clips to make, those that were there already left out."""
+    steps: int
+    """Model steps of the present batch."""
+    steps_total: int
+    clips_in_batch: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job has left behind."""
+
+    made: int
+    found: int
+    """Clips that were there already."""
+    rows: list[SheetRow]
+    """The contact sheet's rows; empty where none was asked for."""
+    sheet_uri: str | None
+
+
+def list_clips(config: SampleConfig) -> list[Clip]:
+    """All clips of a config, in the order in which they are made.
+
+    Raises:
+        DataError: the prompts cannot be read or understood, or two clips would have the same name.
+    """
+    if config.prompt is not None:
+        prompts = list(config.prompt)
+    else:
+        assert config.prompt_path is not None, "checked by the config"
+        prompts = load_prompts(config.prompt_path, config.start_index, config.end_index, config=config.storage)
+    references = _per_prompt(config.reference_path, len(prompts), "reference_path")
+    strategies = _per_prompt(config.mask_strategy, len(prompts), "mask_strategy")
+    prompts, references, strategies = extract_json_from_prompts(prompts, references, strategies)
+    for strategy in strategies:
+        parse_mask_strategy(strategy)  # now, not in the middle of the job
+    clips = []
+    for i, prompt in enumerate(prompts):
+        text = prepare_prompt(
+            prompt, aes=config.aes, flow=config.flow, camera_motion=config.camera_motion, clean=config.clean_prompts
+        )
+        index = config.start_index + i
+        for draw in range(config.num_sample):
+            name = _name(config, prompt, index) + (f"-{draw}" if config.num_sample > 1 else "")
+            clips.append(Clip(name, index, draw, prompt, text, references[i], strategies[i]))
+    doubled = [name for name, count in Counter(clip.name for clip in clips).items() if count > 1]
+    if doubled:
+        raise DataError(f"two clips would be named {doubled[0]!r}", hint="leave out --prompt-as-path, or one prompt")
+    return clips
+
+
+def _per_prompt(values: Sequence[str] | None, count: int, name: str) -> list[str]:
+    if values is None:
+        return [""] * count
+    if len(values) != count:
+        raise DataError(f"{name} has {len(values)} entries for {count} prompts", hint='one entry a prompt; "" for none')
+    return list(values)
+
+
+def _name(config: SampleConfig, prompt: str, index: int) -> str:
+    if not config.prompt_as_path:
+        return f"{config.sample_name or 'sample'}_{index:04d}"
+    name = (config.sample_name or "") + prompt.strip().replace("/", "_").replace("\0", "_").lstrip(".")
+    encoded = name.encode()
+    if len(encoded) > _LONGEST_NAME:
+        digest = hashlib.sha256(encoded).hexdigest()[:8]
+        name = f"{encoded[:_LONGEST_NAME].decode(errors='ignore')}-{digest}"
+    return name or f"sample_{index:04d}"
+
+
+class SampleJob:
+    """Makes the clips of a config from a source."""
+
+    def __init__(
+        self,
+        config: SampleConfig,
+        source: Source,
+        *,
+        rank: int = 0,
+        num_ranks: int = 1,
+        on_progress: Callable[[Progress], None] | None = None,
+        on_clip: Callable[[Clip, str], None] | None = None,
+    ) -> None:
+        """Several ranks share a job without talking to each other: each makes every `num_ranks`-th clip.
+
+        Args:
+            config: what to make.
+            source: from what.
+            rank: this rank.
+            num_ranks: of all ranks; more than one write no contact sheet.
+            on_progress: told after every step and clip. What it raises ends the job; what is written stays.
+            on_clip: told of every clip that has been written, with its URI.
+        """
+        self.config = config
+        self.source = source
+        self.num_ranks = num_ranks
+        self.clips = list_clips(config)[rank::num_ranks]
+        self.storage = Storage(config.save_dir, config=config.storage)
+        self.extension = ".png" if source.num_frames == 1 and config.loop == 1 else ".mp4"
+        self.save_fps = config.save_fps or max(source.fps // config.frame_interval, 1)
+        self._on_progress = on_progress or (lambda _: None)
+        self._on_clip = on_clip or (lambda *_: None)
+
+    def run(self) -> Outcome:
+        """Make what is missing.
+
+        Raises:
+            DataError: a reference or mask strategy cannot be used.
+            DivergedError: the model's output is not finite.
+            OutOfMemoryError: a batch does not fit.
+        """
+        missing = self._find_missing()
+        rows: dict[str, SheetRow] = {}
+        shown = {clip.name for clip in self.clips[:MAX_SHEET_ROWS]} if self._wants_sheet else set()
+        done = 0
+        for batch in _batches(missing, self.config.batch_size):
+            pixels = self._sample(batch, partial(self._report, done, missing, batch))
+            for clip, x in zip(batch, pixels, strict=True):
+                frames = self._write(clip, x)
+                if clip.name in shown:
+                    rows[clip.name] = sheet_row(clip.prompt, frames)
+                done += 1
+                self._on_clip(clip, self.storage.uri_of(clip.name + self.extension))
+        self._report(done, missing, [], 0)
+        return self._finish(rows, made=done, found=len(self.clips) - len(missing))
+
+    @property
+    def _wants_sheet(self) -> bool:
+        return self.config.sheet and self.num_ranks == 1
+
+    def _find_missing(self) -> list[Clip]:
+        """Clips without a record, or with one that tells of other settings."""
+        names = set(self.storage.list_names())
+        candidates = [clip for clip in self.clips if {clip.record_path, clip.name + self.extension} <= names]
+        with ThreadPoolExecutor(_READ_THREADS) as pool:
+            same = list(pool.map(self._has_same_record, candidates))
+        complete = {clip.name for clip, is_same in zip(candidates, same, strict=True) if is_same}
+        if len(complete) < len(candidates):
+            logger.info("%d clips were made with other settings and are made anew", len(candidates) - len(complete))
+        return [clip for clip in self.clips if clip.name not in complete]
+
+    def _has_same_record(self, clip: Clip) -> bool:
+        try:
+            return bool(json.loads(self.storage.read(clip.record_path)) == self._record(clip))
+        except (ObjectNotFoundError, ValueError):
+            return False
+
+    def _record(self, clip: Clip) -> dict[str, Any]:
+        """All that decides what a clip looks like, but for the content of its references."""
+        config, source = self.config, self.source
+        return {
+            "weights": source.weights,
+            "prompt": clip.prompt,
+            "text": clip.text,
+            "seed": config.seed,
+            "index": clip.index,
+            "draw": clip.draw,
+            "reference_path": clip.reference_path,
+            "mask_strategy": clip.mask_strategy,
+            "align": config.align,
+            "num_frames": source.num_frames,
+            "image_size": list(source.image_size),
+            "fps": source.fps,
+            "save_fps": self.save_fps,
+            "multi_resolution": config.multi_resolution,
+            "num_sampling_steps": source.num_sampling_steps,
+            "cfg_scale": source.cfg_scale,
+            "dtype": str(source.pipeline.dtype).removeprefix("torch."),
+            "loop": config.loop,
+            "condition_frame_length": config.condition_frame_length,
+            "condition_frame_edit": config.condition_frame_edit,
+        }
+
+    def _sample(self, batch: Sequence[Clip], on_step: Callable[[int], None]) -> Tensor:
+        config, source, pipeline = self.config, self.source, self.source.pipeline
+        on_step(0)
+        try:
+            return pipeline.sample(
+                [clip.text for clip in batch],
+                num_frames=source.num_frames,
+                image_size=source.image_size,
+                fps=source.fps,
+                keys=[SampleKey(seed=config.seed, row=clip.index, draw=clip.draw) for clip in batch],
+                num_sampling_steps=source.num_sampling_steps,
+                cfg_scale=source.cfg_scale,
+                multi_resolution=config.multi_resolution,
+                references=collect_references_batch(
+                    [clip.reference_path for clip in batch], pipeline.vae, source.image_size
+                ),
+                mask_strategies=[clip.mask_strategy for clip in batch],
+                align=config.align,
+                loop=config.loop,
+                condition_frame_length=config.condition_frame_length,
+                condition_frame_edit=config.condition_frame_edit,
+                on_step=lambda step, _: on_step(step),
+            )
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(
+                f"{len(batch)} clips of {source.num_frames} frames of {source.image_size} pixels do not fit at once",
+                hint="lower --batch-size, the size or the number of frames",
+            ) from error
+
+    def _write(self, clip: Clip, pixels: Tensor) -> NDArray[np.uint8]:
+        if not bool(pixels.isfinite().all()):
+            raise DivergedError(
+                f"{clip.name}: the model's output is not finite", hint="try dtype=fp32 or a lower --cfg-scale"
+            )
+        frames = to_frames(pixels)
+        self.storage.delete(clip.record_path)  # what it tells of is about to be replaced
+        if self.extension == ".png":
+            write_image(self.storage, clip.name + self.extension, frames[0])
+        else:
+            write_video(self.storage, clip.name + self.extension, frames, self.save_fps)
+        self.storage.write(clip.record_path, json.dumps(self._record(clip), indent=1, ensure_ascii=False).encode())
+        return frames
+
+    def _finish(self, rows: dict[str, SheetRow], *, made: int, found: int) -> Outcome:
+        if not self._wants_sheet:
+            return Outcome(made, found, [], None)
+        shown = self.clips[:MAX_SHEET_ROWS]
+        ordered = [rows[clip.name] if clip.name in rows else self._read_row(clip) for clip in shown]
+        path = f"{self.config.sample_name}_sheet.png" if self.config.sample_name else "sheet.png"
+        write_image(self.storage, path, contact_sheet(ordered))
+        return Outcome(made, found, ordered, self.storage.uri_of(path))
+
+    def _read_row(self, clip: Clip) -> SheetRow:
+        """The row of a clip that an earlier job has made."""
+        path = clip.name + self.extension
+        if self.extension == ".png":
+            return SheetRow(clip.prompt, np.asarray(read_image(self.storage, path))[None])
+        frames: dict[int, NDArray[np.uint8]] = {}
+        with Video(self.storage, path) as video:
+            while not video.read(pick_frames(video.num_frames), lambda i, frame: frames.update({i: np.array(frame)})):
+                frames.clear()
+        return SheetRow(clip.prompt, np.stack([frames[i] for i in sorted(frames)]))
+
+    def _report(self, done: int, missing: Sequence[Clip], batch: Sequence[Clip], step: int) -> None:
+        steps_total = self.source.num_sampling_steps * self.config.loop
+        self._on_progress(Progress(done, len(missing), step, steps_total, len(batch)))
+
+
+def _batches(clips: Iterable[Clip], size: int) -> Iterator[list[Clip]]:
+    clips = list(clips)
+    for start in range(0, len(clips), size):
+        yield clips[start : start + size]

@@ -1,0 +1,1 @@
+"""Open-Sora's names for things that live elsewhere."""
