@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from opensora.config.load import (
     load_train_config,
     parse_train_config,
 )
-from opensora.config.train import OptimConfig, TrainConfig
+from opensora.config.train import OptimConfig, SamplesConfig, TrainConfig
 from opensora.errors import ConfigError, ExitCode
 
 MINIMAL = """\
@@ -268,6 +269,14 @@ def test_a_dumped_config_loads_back_equal() -> None:
         "train.mask_ratios={image_head: 0.2}",
         "model={type: STDiT3-3B/2}",
     )
+    assert parse_train_config(dump_config(config), source="dump") == config
+
+
+@pytest.mark.parametrize(
+    "text", ["\x85", "a\x85b", " \u2028", "\ufeffa", "\r\n", "\t", "a\n\nb ", "'\"", "\x00", "😀", "#", "- a"]
+)
+def test_unusual_text_survives_a_dump(text: str) -> None:
+    config = dataclasses.replace(parse(), run_uri=text, samples=SamplesConfig(prompts=(text,)))
     assert parse_train_config(dump_config(config), source="dump") == config
 
 
