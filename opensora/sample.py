@@ -31,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     messages = Console(stderr=True)
     try:
         command = parse_sample_command(sys.argv[1:] if arguments is None else arguments)
-        config = load_sample_config(command.config, command.overrides, flags=command.flags)
+        with _logging_to(messages, verbose=1):  # says which keys have no effect
+            config = load_sample_config(command.config, command.overrides, flags=command.flags)
         with _logging_to(messages, verbose=config.verbose):
             run(config, messages)
     except OpenSoraError as error:
