@@ -99,7 +99,7 @@ class LoopConfig:
     `accumulation` of the first attempt unless given; recorded in the run, and kept when the ranks change."""
     accumulation: int = 1
     """Micro-batches per rank and step, where `micro_batches_per_step` is not given."""
-    balance_window: int = 32
+    balance_window: int = 64
     """Steps within which micro-batches are grouped by cost."""
     loss_weighting: Literal["micro_batch", "sample", "token"] = "micro_batch"
     """What the step's loss is the mean over."""

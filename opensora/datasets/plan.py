@@ -118,10 +118,10 @@ def build_plan(
     epoch: int,
     micro_batches_per_step: int,
     costs: NDArray[np.float64],
-    balance_window: int = 32,
-    drop_last: bool = True,
-    shuffle: bool = True,
-    frame_interval: int = 1,
+    balance_window: int,
+    drop_last: bool,
+    shuffle: bool,
+    frame_interval: int,
 ) -> EpochPlan:
     """Assign the rows to buckets, cut these into micro-batches, and put micro-batches of similar cost into a step.
 
