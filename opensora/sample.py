@@ -22,6 +22,7 @@ from opensora.config.flags import parse_sample_command
 from opensora.config.load import load_sample_config
 from opensora.config.sample import SampleConfig
 from opensora.errors import ExitCode, OpenSoraError, StopRequestedError
+from opensora.records import RANK, WORLD_SIZE
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def run(config: SampleConfig, messages: Console) -> None:
         def on_clip(clip: Clip, uri: str) -> None:
             logger.info("%s: %s", uri, clip.prompt if config.verbose > 1 else _start_of(clip.prompt))
 
-        rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        rank, num_ranks = int(os.environ.get(RANK, "0")), int(os.environ.get(WORLD_SIZE, "1"))
         job = SampleJob(config, source, rank=rank, num_ranks=num_ranks, on_progress=on_progress, on_clip=on_clip)
         outcome = job.run()
     if config.verbose > 0:
