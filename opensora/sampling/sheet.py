@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -110,9 +111,8 @@ def _fitted(
     text = " ".join(text.split())
     if draw.textlength(text, font=font) <= width:
         return text
-    while text and draw.textlength(text + "…", font=font) > width:
-        text = text[:-1]
-    return text + "…"
+    fitting = bisect(range(len(text)), width, key=lambda n: draw.textlength(text[:n] + "…", font=font))
+    return text[: max(fitting - 1, 0)] + "…"
 
 
 def _shortened(text: str, width: int) -> str:

@@ -6,11 +6,20 @@ import importlib
 
 import pytest
 
-HELPERS = (
-    "prepare_multi_resolution_info load_prompts append_score_to_prompts extract_json_from_prompts "
-    "collect_references_batch extract_prompts_loop split_prompt merge_prompt parse_mask_strategy apply_mask_strategy "
-    "append_generated dframe_to_frame"
-).split()
+HELPERS = [
+    "prepare_multi_resolution_info",
+    "load_prompts",
+    "append_score_to_prompts",
+    "extract_json_from_prompts",
+    "collect_references_batch",
+    "extract_prompts_loop",
+    "split_prompt",
+    "merge_prompt",
+    "parse_mask_strategy",
+    "apply_mask_strategy",
+    "append_generated",
+    "dframe_to_frame",
+]
 
 
 @pytest.mark.parametrize(
