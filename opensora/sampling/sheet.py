@@ -111,7 +111,7 @@ def _fitted(
     text = " ".join(text.split())
     if draw.textlength(text, font=font) <= width:
         return text
-    fitting = bisect(range(len(text)), width, key=lambda n: draw.textlength(text[:n] + "…", font=font))
+    fitting = bisect(range(len(text)), float(width), key=lambda n: draw.textlength(text[:n] + "…", font=font))
     return text[: max(fitting - 1, 0)] + "…"
 
 
