@@ -65,7 +65,7 @@ class Catalogue:
     paths: pa.ChunkedArray
     """[n / repeats] as in the file."""
     texts: pa.ChunkedArray
-    """[n / repeats]; empty where there is no caption."""
+    """[n / repeats] as in the file; blank where there is no caption."""
     root: str
     """What relative paths start from."""
     num_file_rows: int
@@ -90,7 +90,7 @@ class Catalogue:
     def row_text(self, row: int) -> str:
         """Caption of the clip at a position; empty when it has none."""
         text: str = self.texts[row % len(self.texts)].as_py()
-        return text
+        return text.strip()
 
 
 def load_catalogue(
@@ -136,8 +136,10 @@ def load_catalogue(
             f"{uri} has no usable row: {table.num_rows} rows in the file{reasons}",
             hint=f"each row needs a path to a video or image, and positive whole numbers as {', '.join(_SIZES)}",
         )
-    mask = pa.array(kept)
-    paths, texts = table["path"].filter(mask), _texts(table).filter(mask)
+    paths, texts = table["path"], _texts(table)
+    if not kept.all():
+        mask = pa.array(kept)
+        paths, texts = paths.filter(mask), texts.filter(mask)
     catalogue = Catalogue(
         uri=uri,
         digest=digest.hexdigest(),
@@ -151,7 +153,7 @@ def load_catalogue(
         root=storage.uri if root is None else Storage(root, config=config).uri,
         num_file_rows=table.num_rows,
         dropped=checks.dropped,
-        num_empty_texts=int(pc.sum(pc.equal(pc.utf8_length(texts), 0)).as_py()),
+        num_empty_texts=pc.sum(pc.match_substring_regex(texts, r"^\s*$")).as_py(),
         num_duplicates=len(paths) - pc.count_distinct(paths).as_py(),
     )
     _report(catalogue, checks)
@@ -220,7 +222,7 @@ def _ends_with(values: pa.ChunkedArray, extensions: tuple[str, ...]) -> NDArray[
 def _texts(table: pa.Table) -> pa.ChunkedArray:
     if "text" not in table.column_names:
         return pa.chunked_array([pa.repeat(pa.scalar(""), table.num_rows)])
-    return pc.utf8_trim_whitespace(table["text"])
+    return table["text"]
 
 
 def _fps(table: pa.Table) -> NDArray[np.float32]:
@@ -295,7 +297,8 @@ def _plain(column: pa.ChunkedArray, name: str, uri: str) -> pa.ChunkedArray:
     is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind):
         # Chunk by chunk: one chunk of `string` holds 2 GiB at most, and files have smaller row groups.
-        return pc.fill_null(pc.cast(column, pa.string()), "")
+        column = column if pa.types.is_string(kind) else pc.cast(column, pa.string())
+        return pc.fill_null(column, "") if column.null_count else column
     if name in (*_SIZES, "fps") and is_number:
         return column
     raise DataError(f"{uri}: the column {name!r} is of type {kind}", hint="write numbers as numbers, the rest as text")
