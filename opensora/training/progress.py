@@ -1,0 +1,112 @@
+"""What a person sees while a run goes on: `progress.json` in the run directory, a bar on a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from opensora import records
+from opensora.errors import StorageError
+from opensora.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+_WRITE_INTERVAL_SECONDS = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgressState:
+    """The content of `progress.json`."""
+
+    phase: str
+    """"training", or how the attempt ended: "done", "stopped", "failed"."""
+    step: int
+    """Optimiser steps done."""
+    total_steps: int | None
+    epoch: int
+    loss: float | None
+    seconds_per_step: float | None
+    """Mean of the last steps."""
+    eta_seconds: float | None
+    goodput: float
+    attempt: int
+    checkpoint_step: int | None
+    """Newest step that was saved completely."""
+    updated: float
+    """Unix time in seconds."""
+
+
+class ProgressReporter:
+    """Shows the state of a run; rank 0 alone has one. Writing happens beside the loop and never delays it."""
+
+    def __init__(self, run: Storage, *, total_steps: int | None, first_step: int) -> None:
+        self._run = run
+        self._latest: ProgressState | None = None
+        self._changed = threading.Event()
+        self._closing = False
+        self._bar, self._task = _make_bar(total_steps, first_step)
+        self._thread = threading.Thread(target=self._write_latest, name="progress", daemon=True)
+        self._thread.start()
+
+    @property
+    def has_bar(self) -> bool:
+        return self._bar is not None
+
+    def update(self, state: ProgressState) -> None:
+        self._latest = state
+        self._changed.set()
+        if self._bar is not None and self._task is not None:
+            loss = "" if state.loss is None else f"loss {state.loss:.4f}"
+            pace = "" if state.seconds_per_step is None else f"{state.seconds_per_step:.3g} s/step"
+            self._bar.update(self._task, completed=state.step, loss=loss, pace=pace)
+
+    def close(self, state: ProgressState, *, timeout_seconds: float = 15.0) -> None:
+        """Write the last state, waiting a bounded time for it."""
+        self.update(state)
+        self._closing = True
+        self._changed.set()
+        self._thread.join(timeout_seconds)
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _write_latest(self) -> None:
+        failed = False
+        while True:
+            self._changed.wait()
+            self._changed.clear()
+            state, closing = self._latest, self._closing
+            if state is not None:
+                try:
+                    self._run.write(records.PROGRESS_PATH, json.dumps(asdict(state), indent=1).encode())
+                    failed = False
+                except StorageError as error:
+                    if not failed:
+                        logger.warning("cannot write %s: %s", records.PROGRESS_PATH, error.message)
+                    failed = True
+            if closing and state is self._latest:
+                return
+            if not closing:
+                time.sleep(_WRITE_INTERVAL_SECONDS)
+
+
+def _make_bar(total_steps: int | None, first_step: int) -> tuple[Progress | None, TaskID | None]:
+    """A bar when rank 0 draws on a terminal, its own or the launcher's."""
+    columns = os.environ.get(records.TERMINAL_COLUMNS)
+    if columns is None and not sys.stderr.isatty():
+        return None, None
+    console = Console(stderr=True, force_terminal=True if columns else None, width=int(columns) if columns else None)
+    bar = Progress(
+        TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"),
+        TextColumn("{task.fields[pace]}"), TimeRemainingColumn(), console=console,
+    )  # fmt: skip
+    task = bar.add_task("training", total=total_steps, completed=first_step, loss="", pace="")
+    bar.start()
+    return bar, task

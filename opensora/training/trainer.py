@@ -1,0 +1,640 @@
+"""The training loop: it says when, its parts say how.
+
+A step's loss is the sum of its micro-batches' numerators over the sum of their denominators, both taken over all
+ranks. Gradients are summed by the collectives and divided once, so that neither the number of ranks nor a clip that
+could not be read changes what a step computes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import platform
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from opensora import __version__, records
+from opensora.acceleration.activation_checkpoint import checkpoint_blocks
+from opensora.acceleration.mesh import World
+from opensora.acceleration.sharding import free_gathered_weights, shard_model, sharded_modules
+from opensora.checkpoint import CheckpointInfo, CheckpointManager, export_safetensors
+from opensora.config.load import dump_config
+from opensora.config.train import BucketTable, DataConfig, TrainConfig
+from opensora.datasets.bucket import Bucket
+from opensora.datasets.catalogue import Catalogue, load_catalogue
+from opensora.datasets.cost import clip_flops
+from opensora.datasets.loader import ClipBatch, StepLoader, StepWork
+from opensora.datasets.plan import Cursor, EpochPlan, build_plan
+from opensora.errors import CheckpointError, ConfigError, DivergedError, StopRequestedError
+from opensora.registry import MODELS, SCHEDULERS
+from opensora.storage import Storage
+from opensora.training.clock import Clock
+from opensora.training.control import StopControl
+from opensora.training.ema import EMA
+from opensora.training.failures import translated
+from opensora.training.metrics import MetricsWriter, peak_memory_gib, peak_tflops
+from opensora.training.optim import ShardedAdamW, learning_rate
+from opensora.training.progress import ProgressReporter, ProgressState
+from opensora.training.state import checkpoint_tensors, exported_tensors, trainable_parameters
+from opensora.training.step import DiffusionStep, WeightedLoss, num_tokens
+from opensora.training.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
+
+COMPUTE_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Sampler = Callable[[nn.Module, int, Callable[[], bool]], None]
+"""(model, step, whether to stop) → clips in the run directory. Called by all ranks at once."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The frozen companions of the model."""
+
+    vae: Any
+    text_encoder: Any
+    scheduler: Any
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did, over all ranks."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    num_samples: int
+    num_tokens: int
+
+
+class Trainer:
+    """One rank of one attempt of a run."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        world: World,
+        run: Storage,
+        attempt: int,
+        control: StopControl,
+        clock: Clock,
+        watchdog: Watchdog,
+        parts: Parts,
+        sampler: Sampler | None = None,
+    ) -> None:
+        self.config, self.world, self.run, self.attempt = config, world, run, attempt
+        self.control, self.clock, self.watchdog = control, clock, watchdog
+        self.sampler = sampler
+
+        self.catalogue = load_data(config.data, config)
+        self.plans = PlanCache(config, self.catalogue, config.data.bucket_config)
+        self.micro_batches_per_step = self._join_run()
+        self.plans.micro_batches_per_step = self.micro_batches_per_step
+        self.loader = self._make_loader(self.catalogue, self.plans)
+        self.total_steps = config.train.steps or self.plans(0).num_steps * (config.train.epochs or 0)
+
+        self.model = build_model(config)
+        blocks: dict[str, nn.ModuleList] = self.model.blocks  # type: ignore[assignment]  # the seam that models offer
+        checkpoint_blocks(blocks, config.parallel.activation_checkpointing)
+        self.model.to(world.device)
+        shard_model(
+            self.model,
+            blocks,
+            world=world,
+            sharding=config.parallel.sharding,
+            compute_dtype=COMPUTE_DTYPES[config.dtype],
+        )
+        parameters = trainable_parameters(self.model)
+        self.optimizer = ShardedAdamW(parameters, config.optim)
+        self.ema = None if config.optim.ema_decay is None else EMA(parameters, decay=config.optim.ema_decay)
+        self.diffusion = DiffusionStep(
+            self.model,
+            vae=parts.vae,
+            text_encoder=parts.text_encoder,
+            scheduler=parts.scheduler,
+            config=config,
+            device=world.device,
+        )
+
+        self.step = 0
+        self.cursor = Cursor(epoch=0, step=0)
+        self.current: ClipBatch | None = None
+        self.saved_step: int | None = None
+        self.checkpoints = CheckpointManager(
+            run,
+            attempt=attempt,
+            config=config.checkpoint,
+            is_main=world.is_main,
+            process_group=world.saving if world.size > 1 else None,
+        )
+        self._restore()
+
+        self._durations: deque[float] = deque(maxlen=50)
+        self._last_loss: float | None = None
+        self.metrics: MetricsWriter | None = None
+        self.progress: ProgressReporter | None = None
+        if world.is_main:
+            self.metrics = MetricsWriter(run, attempt=attempt, config=config.report, run_config=asdict(config))
+            self.progress = ProgressReporter(run, total_steps=self.total_steps, first_step=self.step)
+
+    # ------------------------------------------------------------------------------------------------- loop
+
+    def train(self) -> None:
+        """Train until the last step.
+
+        Raises:
+            StopRequestedError: asked to stop; the state is saved.
+            DivergedError, DataError, PeerLostError, …: see `opensora.errors`.
+        """
+        config = self.config
+        self.control.start_loop(deadline_seconds=config.checkpoint.stop_deadline_seconds)
+        outcome = "failed"
+        try:
+            for work in self._steps():
+                started = time.monotonic()
+                result = self.train_step(work)
+                self._step_finished(work, result, seconds=time.monotonic() - started)
+                self._save_validate_sample()
+            if self.saved_step != self.step:
+                self._save()
+            with self.clock("saving"):
+                self.checkpoints.wait()
+            if config.checkpoint.export:
+                self.export()
+            outcome = "done"
+        except StopRequestedError:
+            outcome = "stopped"
+            raise
+        finally:
+            self._close(outcome)
+
+    def _steps(self) -> Iterator[StepWork]:
+        """The remaining steps; ends at the last one, raises when the ranks agree to stop."""
+        if self._finished():
+            return
+        for work in self.loader.steps(self.cursor):
+            yield work
+            if self._finished():
+                return
+
+    def _finished(self) -> bool:
+        if self.config.train.steps is not None:
+            return self.step >= self.config.train.steps
+        return self.cursor.epoch >= (self.config.train.epochs or 0)
+
+    def _save_validate_sample(self) -> None:
+        config, last = self.config, self._finished()
+        if config.checkpoint.every_steps and self.step % config.checkpoint.every_steps == 0:
+            self._save()
+        if config.validation.every_steps and (self.step % config.validation.every_steps == 0 or last):
+            with self.clock("validation"):
+                self._validate()
+        if self.sampler and config.samples.every_steps and (self.step % config.samples.every_steps == 0 or last):
+            with self.clock("sampling"):
+                self._sample()
+
+    # ------------------------------------------------------------------------------------------------- step
+
+    def train_step(self, work: StepWork) -> StepResult:
+        """One optimiser step over this rank's share of the step's micro-batches."""
+        shards_weights = self.config.parallel.sharding == "zero3"
+        # With gathered weights kept (zero-2), ranks may run different numbers of micro-batches: nothing is exchanged
+        # before the last. Where each one gathers (zero-3), all run equally many, some with zero weight.
+        slots = work.num_slots if shards_weights else max(1, len(work.micro_batches))
+        batches = work.batches()
+        self.model.train()
+        numerators: list[torch.Tensor] = []
+        seen: list[ClipBatch] = []
+        denominator, samples, tokens = 0.0, 0, 0
+        for slot in range(slots):
+            batch = self._next_batch(batches) if slot < len(work.micro_batches) else None
+            if slot == 0:
+                self._agree_to_go_on()
+            self._synchronise_gradients(shards_weights or slot == slots - 1)
+            self.current = batch
+            if batch is None:
+                with self.clock("forward/backward"), self._translated():
+                    self.diffusion.idle_loss().backward()  # type: ignore[no-untyped-call]
+                continue
+            with self.clock("encode"), self._translated():
+                example = self.diffusion.prepare(batch)
+            with self.clock("forward/backward"), self._translated():
+                loss = self.diffusion.loss(example)
+                loss.numerator.backward()  # type: ignore[no-untyped-call]
+            numerators.append(loss.numerator.detach())
+            seen.append(batch)
+            denominator += loss.denominator
+            samples += len(batch.ids)
+            tokens += len(batch.ids) * num_tokens(example.latents, self.config.model.patch_size)
+        self.current = None
+        with self.clock("forward/backward"):
+            numerator = float(torch.stack(numerators).double().sum()) if numerators else 0.0
+            squares = self.optimizer.squared_gradient_norm() / self.world.replicas
+        with self.clock("imbalance"), self._translated():
+            sums = self.world.sum([numerator, denominator, squares, samples, tokens])
+        return self._update(sums, numerators, seen)
+
+    def _update(self, sums: list[float], numerators: list[torch.Tensor], seen: list[ClipBatch]) -> StepResult:
+        numerator, denominator, squares, samples, tokens = sums
+        lr = learning_rate(self.step, self.config.optim, total_steps=self.config.train.steps)
+        with self.clock("optimiser"):
+            if denominator == 0:
+                logger.warning("step %d: every clip was left out; the weights stay as they are", self.step + 1)
+                self.optimizer.zero_grad()
+                return StepResult(math.nan, 0.0, lr, 0, 0)
+            loss, norm = numerator / denominator, math.sqrt(squares) / denominator
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                self._report_divergence(loss, norm, numerators, seen)
+            clip = self.config.optim.grad_clip
+            scale = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
+            self.optimizer.step(lr=lr, scale=scale / denominator)
+            if self.ema is not None:
+                self.ema.update()
+        return StepResult(loss, norm, lr, int(samples), int(tokens))
+
+    def _next_batch(self, batches: Iterator[ClipBatch | None]) -> ClipBatch | None:
+        with self.clock("data wait"):
+            return next(batches)
+
+    def _synchronise_gradients(self, wanted: bool) -> None:
+        for module in sharded_modules(self.model):
+            module.set_requires_gradient_sync(wanted, recurse=False)
+            module.set_reshard_after_backward(wanted, recurse=False)
+
+    def _agree_to_go_on(self) -> None:
+        """Before a step's first collective: stop when any rank was asked to. All ranks take the same decision."""
+        with self.clock("imbalance"), self._translated():
+            stop = self.world.any(self.control.requested)
+        if stop:
+            self._stop()
+
+    def _stop(self) -> None:
+        if self.saved_step != self.step and self.step > 0:
+            self._save()
+        with self.clock("saving"):
+            self.checkpoints.wait()
+        raise StopRequestedError(f"stopped after step {self.step}; the same command continues from there")
+
+    def _report_divergence(
+        self, loss: float, norm: float, numerators: list[torch.Tensor], seen: list[ClipBatch]
+    ) -> None:
+        """Name the step, the bucket and the clips; the weights keep the last good step."""
+        mine = [
+            f"rank {self.world.rank}, bucket {batch.shape.name}, rows {batch.ids}"
+            for value, batch in zip(numerators, seen, strict=True)
+            if not math.isfinite(float(value))
+        ]
+        culprits = [text for texts in self.world.gather(mine) for text in texts]
+        where = "; ".join(culprits) or "the loss is finite on every rank, the gradient is not"
+        raise DivergedError(
+            f"step {self.step + 1}: loss {loss}, gradient norm {norm}: {where}",
+            hint="look at these clips, lower optim.lr, or set optim.grad_clip; the last checkpoint is untouched",
+        )
+
+    def _translated(self) -> Any:
+        return translated(f" at step {self.step + 1}" + (f", bucket {self.current.shape.name}" if self.current else ""))
+
+    # --------------------------------------------------------------------------------------------- reporting
+
+    def _step_finished(self, work: StepWork, result: StepResult, *, seconds: float) -> None:
+        self.step += 1
+        self.cursor = self.plans.after(Cursor(epoch=work.epoch, step=work.step))
+        self.watchdog.step_done()
+        self._durations.append(seconds)
+        self._last_loss = result.loss
+        if self.metrics is None:
+            return
+        parts = self.clock.seconds()
+        values = {
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            "epoch": float(work.epoch),
+            "step_seconds": seconds,
+            "samples_per_second": result.num_samples / seconds,
+            "tokens_per_second": result.num_tokens / seconds,
+            "goodput": self.clock.goodput(),
+            "memory_gib": peak_memory_gib(self.world.device),
+            **self._compute_rates(work, seconds),
+            **{f"seconds/{phase}": value for phase, value in parts.items()},
+        }
+        logs = self.step % self.config.train.log_every == 0 or self._finished()
+        self.metrics.write(self.step, values, everywhere=logs)
+        self._update_progress("training")
+        if logs and not (self.progress and self.progress.has_bar):
+            logger.info(
+                "step %d/%s  loss %.4f  grad norm %.3g  lr %.3g  %.3g s/step",
+                self.step, self.total_steps, result.loss, result.grad_norm, result.lr, statistics.mean(self._durations),
+            )  # fmt: skip
+
+    def _compute_rates(self, work: StepWork, seconds: float) -> dict[str, float]:
+        tflops = 3 * sum(batch.cost for batch in self.plans(work.epoch).step(work.step)) / seconds / 1e12
+        peak = peak_tflops(self.world.device)
+        return {"tflops": tflops} | ({"mfu": tflops / (peak * self.world.size)} if peak else {})
+
+    def _update_progress(self, phase: str) -> None:
+        if self.progress is not None:
+            self.progress.update(self._progress_state(phase))
+
+    def _progress_state(self, phase: str) -> ProgressState:
+        pace = statistics.mean(self._durations) if self._durations else None
+        return ProgressState(
+            phase=phase,
+            step=self.step,
+            total_steps=self.total_steps,
+            epoch=self.cursor.epoch,
+            loss=self._last_loss if self._last_loss is not None and math.isfinite(self._last_loss) else None,
+            seconds_per_step=pace,
+            eta_seconds=None if pace is None else pace * (self.total_steps - self.step),
+            goodput=self.clock.goodput(),
+            attempt=self.attempt,
+            checkpoint_step=self.saved_step,
+            updated=time.time(),
+        )
+
+    def _close(self, outcome: str) -> None:
+        self.watchdog.stop()
+        self.loader.close()
+        if self.metrics is not None:
+            self.metrics.close()
+        if self.progress is not None:
+            self.progress.close(self._progress_state(outcome))
+
+    # --------------------------------------------------------------------------- saving, validating, sampling
+
+    def _save(self) -> None:
+        metadata = {
+            "step": self.step,
+            "cursor": asdict(self.cursor),
+            "micro_batches_per_step": self.micro_batches_per_step,
+        }
+        with self.clock("saving"), self._translated():
+            self.checkpoints.save(
+                dict(checkpoint_tensors(self.model, self.optimizer, self.ema)), step=self.step, metadata=metadata
+            )
+        self.saved_step = self.step
+        self.watchdog.beat()
+
+    def _restore(self) -> None:
+        """Continue from the newest complete checkpoint of the run, else from `checkpoint.load`."""
+        info = self.world.broadcast(self.checkpoints.newest() if self.world.is_main else None)
+        state = dict(checkpoint_tensors(self.model, self.optimizer, self.ema))
+        if info is not None:
+            metadata = self.checkpoints.load(info, state)
+            self.step = self.saved_step = int(metadata["step"])
+            self.cursor = Cursor(**metadata["cursor"])
+            self.optimizer.set_step_count(self.step)
+            if self.world.is_main:
+                logger.info("attempt %d continues from the checkpoint of step %d", self.attempt, self.step)
+        elif self.config.checkpoint.load is not None:
+            self._start_from(self.config.checkpoint.load, state)
+
+    def _start_from(self, uri: str, state: dict[str, Any]) -> None:
+        """Take the weights, and unless told otherwise the optimiser, of another run."""
+        other = CheckpointManager(
+            Storage(uri, config=self.config.storage),
+            attempt=0,
+            config=self.config.checkpoint,
+            is_main=self.world.is_main,
+            process_group=self.world.saving if self.world.size > 1 else None,
+        )
+        info: CheckpointInfo | None = self.world.broadcast(other.newest() if self.world.is_main else None)
+        if info is None:
+            raise CheckpointError(
+                f"checkpoint.load={uri!r}: there is no complete checkpoint",
+                hint="name the run directory that holds `checkpoints/`",
+            )
+        if self.config.checkpoint.load_weights_only:
+            state = {name: tensor for name, tensor in state.items() if name.startswith("model.")}
+            other.load(info, state, partial=True)
+            if self.ema is not None:
+                self.ema.restart()
+        else:
+            metadata = other.load(info, state)
+            self.optimizer.set_step_count(int(metadata["step"]))
+        if self.world.is_main:
+            logger.info("starting from the checkpoint of step %d of %s", info.step, uri)
+
+    def export(self) -> None:
+        """Write the final weights with the published keys."""
+        with self.clock("saving"):
+            tensors = {}
+            for name, tensor in exported_tensors(self.model, self.ema).items():
+                whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+                if self.world.is_main:
+                    tensors[name] = whole.detach().cpu()
+            if self.world.is_main:
+                target = self.run.child(records.EXPORT_PREFIX)
+                export_safetensors(tensors, target, "model.safetensors", metadata={"step": str(self.step)})
+                target.write("config.yaml", dump_config(self.config).encode())
+            self.world.barrier()
+
+    def _validate(self) -> None:
+        """The loss of the held-out clips at evenly spaced times, the same on any number of ranks."""
+        config = self.config
+        assert config.validation.path is not None, "the config refuses validation without a catalogue"
+        data = DataConfig(
+            path=config.validation.path,
+            bucket_config=config.validation.bucket_config or config.data.bucket_config,
+            frame_interval=config.data.frame_interval,
+            transform=config.data.transform,
+            shuffle=False,
+            drop_last=False,
+            bad_clip=config.data.bad_clip,
+            num_threads=config.data.num_threads,
+        )
+        plans = PlanCache(config, load_data(data, config), data.bucket_config, data=data)
+        plans.micro_batches_per_step = self.micro_batches_per_step
+        loader = StepLoader(
+            plans.catalogue, plans, data=data, seed=config.seed, rank=self.world.rank, num_ranks=self.world.size,
+            storage=config.storage,
+        )  # fmt: skip
+        num_steps = min(plans(0).num_steps, -(-config.validation.max_batches // self.micro_batches_per_step))
+        numerator = denominator = 0.0
+        try:
+            self.model.eval()
+            for work in loader.steps(Cursor(epoch=0, step=0)):
+                if work.epoch > 0 or work.step >= num_steps:
+                    break
+                for part in self._validation_losses(work):
+                    numerator += float(part.numerator)
+                    denominator += part.denominator
+                self.watchdog.beat()
+                if self.world.any(self.control.requested):
+                    return
+        finally:
+            loader.close()
+            free_gathered_weights(self.model)
+        total, count = self.world.sum([numerator, denominator])
+        loss = total / count if count else math.nan
+        if self.metrics is not None:
+            self.metrics.write(self.step, {"validation_loss": loss}, everywhere=True)
+            logger.info("step %d  validation loss %.4f", self.step, loss)
+
+    @torch.no_grad()
+    def _validation_losses(self, work: StepWork) -> Iterator[WeightedLoss]:
+        times = (np.arange(self.config.validation.num_timesteps) + 0.5) / self.config.validation.num_timesteps
+        total = self.config.scheduler.num_timesteps
+        batches = work.batches()
+        for slot in range(work.num_slots):
+            batch = next(batches) if slot < len(work.micro_batches) else None
+            example = None if batch is None else self.diffusion.prepare_validation(batch)
+            for time_ in times:
+                if example is None:
+                    self.diffusion.idle_loss()
+                else:
+                    timesteps = torch.full((len(example.latents),), float(time_ * total), device=self.world.device)
+                    yield self.diffusion.loss(example, timesteps=timesteps)
+
+    def _sample(self) -> None:
+        """Sample with the averaged weights, if they are kept."""
+        assert self.sampler is not None, "called only with a sampler"
+        self.model.eval()
+
+        def should_stop() -> bool:
+            self.watchdog.beat()
+            return self.world.any(self.control.requested)
+
+        try:
+            if self.ema is None:
+                self.sampler(self.model, self.step, should_stop)
+            else:
+                with self.ema.in_place_of_weights():
+                    self.sampler(self.model, self.step, should_stop)
+                    free_gathered_weights(self.model)
+        finally:
+            free_gathered_weights(self.model)
+
+    # ------------------------------------------------------------------------------------------ construction
+
+    def _make_loader(self, catalogue: Catalogue, plans: PlanCache) -> StepLoader:
+        return StepLoader(
+            catalogue,
+            plans,
+            data=self.config.data,
+            seed=self.config.seed,
+            rank=self.world.rank,
+            num_ranks=self.world.size,
+            storage=self.config.storage,
+        )
+
+    def _join_run(self) -> int:
+        """Write `run.json` at the first attempt, compare with it later. Returns the micro-batches per step."""
+        if self.world.is_main:
+            count = self.config.train.micro_batches_per_step or self.world.size * self.config.train.accumulation
+            facts = {
+                "catalogue": self.catalogue.digest,
+                "buckets": json.dumps(self.config.data.bucket_config, sort_keys=True),
+                "seed": self.config.seed,
+            }
+            mine = {
+                **facts,
+                "micro_batches_per_step": count,
+                "created": time.time(),
+                "versions": {
+                    "opensora": __version__,
+                    "torch": torch.__version__,
+                    "numpy": np.__version__,
+                    "python": platform.python_version(),
+                },
+            }
+            if not self.run.create(records.RUN_PATH, json.dumps(mine, indent=1).encode()):
+                known = json.loads(self.run.read(records.RUN_PATH))
+                self._compare_with_run(facts, known)
+                count = int(known["micro_batches_per_step"])
+            self.run.write(records.CONFIG_PATH, dump_config(self.config).encode())
+            return self.world.broadcast(count)
+        return self.world.broadcast(None)
+
+    def _compare_with_run(self, facts: dict[str, Any], known: dict[str, Any]) -> None:
+        for name, value in facts.items():
+            if known.get(name) != value:
+                raise ConfigError(
+                    f"{self.run.uri} was begun with another {name} ({known.get(name)!r}, now {value!r}): its order of "
+                    "samples cannot be continued",
+                    hint="choose a new run_uri, and set checkpoint.load to this one to keep its weights",
+                )
+        wanted = self.config.train.micro_batches_per_step
+        if wanted is not None and wanted != known["micro_batches_per_step"]:
+            raise ConfigError(
+                f"train.micro_batches_per_step={wanted}, but this run was begun with {known['micro_batches_per_step']}",
+                hint="remove the setting, or choose a new run_uri",
+            )
+
+
+class PlanCache:
+    """Epoch → plan, made when first asked for; the newest two are kept."""
+
+    def __init__(
+        self, config: TrainConfig, catalogue: Catalogue, buckets: BucketTable, *, data: DataConfig | None = None
+    ) -> None:
+        self.catalogue = catalogue
+        self.micro_batches_per_step = 1
+        self._data = data or config.data
+        self._config = config
+        self._bucket = Bucket(buckets)
+        self._costs = np.array(
+            [
+                clip_flops(
+                    num_frames=shape.num_frames, height=shape.height, width=shape.width, model=config.model,
+                    text_tokens=_text_tokens(config),
+                )
+                for shape in self._bucket.entries
+            ]
+        )  # fmt: skip
+        self._plans: dict[int, EpochPlan] = {}
+
+    def __call__(self, epoch: int) -> EpochPlan:
+        if epoch not in self._plans:
+            while len(self._plans) >= 2:
+                del self._plans[next(iter(self._plans))]
+            self._plans[epoch] = build_plan(
+                self.catalogue,
+                self._bucket,
+                seed=self._config.seed,
+                epoch=epoch,
+                micro_batches_per_step=self.micro_batches_per_step,
+                costs=self._costs,
+                balance_window=self._config.train.balance_window,
+                drop_last=self._data.drop_last,
+                shuffle=self._data.shuffle,
+                frame_interval=self._data.frame_interval,
+            )
+        return self._plans[epoch]
+
+    def after(self, cursor: Cursor) -> Cursor:
+        """The step that follows."""
+        if cursor.step + 1 < self(cursor.epoch).num_steps:
+            return Cursor(epoch=cursor.epoch, step=cursor.step + 1)
+        return Cursor(epoch=cursor.epoch + 1, step=0)
+
+
+def load_data(data: DataConfig, config: TrainConfig) -> Catalogue:
+    """Read and check a catalogue; what is dropped is said."""
+    return load_catalogue(data.path, root=data.root, repeats=data.repeats, config=config.storage)
+
+
+def build_parts(config: TrainConfig, device: torch.device) -> Parts:
+    """The VAE, the text encoder and the scheduler of a run."""
+    vae = MODELS.build(asdict(config.vae))
+    text_encoder = MODELS.build(asdict(config.text_encoder))
+    scheduler = SCHEDULERS.build(asdict(config.scheduler))
+    return Parts(vae=vae.to(device).eval(), text_encoder=text_encoder, scheduler=scheduler)
+
+
+def build_model(config: TrainConfig) -> nn.Module:
+    """The diffusion model in its master type, with the same first weights on every rank."""
+    settings = asdict(config.model)
+    torch.manual_seed(config.seed)
+    model: nn.Module = MODELS.build(settings)
+    return model.to(torch.float64 if config.dtype == "fp64" else torch.float32)
