@@ -13,11 +13,11 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, not listed in __all__
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from opensora.config.train import ParallelConfig
 from opensora.errors import ConfigError, NodeUnhealthyError
-
 
 T = TypeVar("T")
 
@@ -111,7 +111,7 @@ def init_world(parallel: ParallelConfig, *, device: str) -> World:
     timeout = timedelta(seconds=parallel.collective_timeout_seconds)
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     if size == 1 and "MASTER_ADDR" not in os.environ:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout)
     if parallel.replicas > 1:

@@ -76,25 +76,29 @@ class MetricsWriter:
         # TensorBoard takes a second to import, and only rank 0 writes it.
         from torch.utils.tensorboard import SummaryWriter
 
-        self._lines = PartSpool(run, records.metrics_prefix(attempt), suffix=".jsonl", flush_seconds=config.flush_seconds)
+        self._lines = PartSpool(
+            run, records.metrics_prefix(attempt), suffix=".jsonl", flush_seconds=config.flush_seconds
+        )
         self._folder = Path(tempfile.mkdtemp(prefix="opensora-tensorboard-"))
         self._tensorboard = SummaryWriter(str(self._folder), flush_secs=max(1, int(config.flush_seconds / 2)))
         self._uploads = FolderSpool(run, records.TENSORBOARD_PREFIX, self._folder, flush_seconds=config.flush_seconds)
         self._wandb = _start_wandb(run, run_config) if config.wandb else None
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, float], *, everywhere: bool) -> None:
         """Log values of a step.
 
         Args:
             step: number of optimiser steps done, this one included.
+            everywhere: to TensorBoard as well, and not only as a line of JSON.
         """
         for name, value in values.items():
             assert known_name(name), f"{name} is not declared in METRICS"
-            self._tensorboard.add_scalar(name, value, step)
+            if everywhere:
+                self._tensorboard.add_scalar(name, value, step)
         # JSON has no NaN.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._lines.write(json.dumps({"time": round(time.time(), 3), "step": step, **finite}) + "\n")
-        if self._wandb is not None:
+        if self._wandb is not None and everywhere:
             self._wandb.log(dict(values), step=step)
 
     def close(self) -> None:

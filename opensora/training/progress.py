@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: `progress.json` in the run directory, a bar on a terminal, lines elsewhere."""
+"""What a person sees while a run goes on: `progress.json`, a bar on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 

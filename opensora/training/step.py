@@ -36,7 +36,9 @@ class TextEncoder(Protocol):
 class Scheduler(Protocol):
     """What training needs of a scheduler."""
 
-    def training_losses(self, model: Any, x_start: Tensor, model_kwargs: dict[str, Any], **given: Any) -> dict[str, Tensor]: ...
+    def training_losses(
+        self, model: Any, x_start: Tensor, model_kwargs: dict[str, Any], **given: Any
+    ) -> dict[str, Tensor]: ...
 
     def timesteps_from_uniform(self, u: Tensor, model_kwargs: dict[str, Any], *, num_latent_frames: int) -> Tensor: ...
 

@@ -26,7 +26,7 @@ from opensora import __version__, records
 from opensora.acceleration.activation_checkpoint import checkpoint_blocks
 from opensora.acceleration.mesh import World
 from opensora.acceleration.sharding import free_gathered_weights, shard_model, sharded_modules
-from opensora.checkpoint import CheckpointInfo, CheckpointManager, export_safetensors
+from opensora.checkpoint import CheckpointInfo, CheckpointManager, SaveTicket, export_safetensors
 from opensora.config.load import dump_config
 from opensora.config.train import BucketTable, DataConfig, TrainConfig
 from opensora.datasets.bucket import Bucket
@@ -103,7 +103,7 @@ class Trainer:
         self.loader = self._make_loader(self.catalogue, self.plans)
         self.total_steps = config.train.steps or self.plans(0).num_steps * (config.train.epochs or 0)
 
-        self.model = build_model(config)
+        self.model = build_model(config, parts)
         blocks: dict[str, nn.ModuleList] = self.model.blocks  # type: ignore[assignment]  # the seam that models offer
         checkpoint_blocks(blocks, config.parallel.activation_checkpointing)
         self.model.to(world.device)
@@ -130,6 +130,8 @@ class Trainer:
         self.cursor = Cursor(epoch=0, step=0)
         self.current: ClipBatch | None = None
         self.saved_step: int | None = None
+        self._ticket: SaveTicket | None = None
+        self._committed: int | None = None
         self.checkpoints = CheckpointManager(
             run,
             attempt=attempt,
@@ -338,7 +340,7 @@ class Trainer:
             )  # fmt: skip
 
     def _compute_rates(self, work: StepWork, seconds: float) -> dict[str, float]:
-        tflops = 3 * sum(batch.cost for batch in self.plans(work.epoch).step(work.step)) / seconds / 1e12
+        tflops = sum(batch.cost for batch in self.plans(work.epoch).step(work.step)) / seconds / 1e12
         peak = peak_tflops(self.world.device)
         return {"tflops": tflops} | ({"mfu": tflops / (peak * self.world.size)} if peak else {})
 
@@ -358,9 +360,14 @@ class Trainer:
             eta_seconds=None if pace is None else pace * (self.total_steps - self.step),
             goodput=self.clock.goodput(),
             attempt=self.attempt,
-            checkpoint_step=self.saved_step,
+            checkpoint_step=self._committed_step(),
             updated=time.time(),
         )
+
+    def _committed_step(self) -> int | None:
+        if self._ticket is not None and self._ticket.done:
+            self._committed = self._ticket.step
+        return self._committed
 
     def _close(self, outcome: str) -> None:
         self.watchdog.stop()
@@ -379,7 +386,7 @@ class Trainer:
             "micro_batches_per_step": self.micro_batches_per_step,
         }
         with self.clock("saving"), self._translated():
-            self.checkpoints.save(
+            self._ticket = self.checkpoints.save(
                 dict(checkpoint_tensors(self.model, self.optimizer, self.ema)), step=self.step, metadata=metadata
             )
         self.saved_step = self.step
@@ -391,7 +398,7 @@ class Trainer:
         state = dict(checkpoint_tensors(self.model, self.optimizer, self.ema))
         if info is not None:
             metadata = self.checkpoints.load(info, state)
-            self.step = self.saved_step = int(metadata["step"])
+            self.step = self.saved_step = self._committed = int(metadata["step"])
             self.cursor = Cursor(**metadata["cursor"])
             self.optimizer.set_step_count(self.step)
             if self.world.is_main:
@@ -554,7 +561,7 @@ class Trainer:
                 count = int(known["micro_batches_per_step"])
             self.run.write(records.CONFIG_PATH, dump_config(self.config).encode())
             return self.world.broadcast(count)
-        return self.world.broadcast(None)
+        return self.world.broadcast(0)
 
     def _compare_with_run(self, facts: dict[str, Any], known: dict[str, Any]) -> None:
         for name, value in facts.items():
@@ -587,7 +594,7 @@ class PlanCache:
             [
                 clip_flops(
                     num_frames=shape.num_frames, height=shape.height, width=shape.width, model=config.model,
-                    text_tokens=_text_tokens(config),
+                    text_tokens=config.text_encoder.model_max_length,
                 )
                 for shape in self._bucket.entries
             ]
@@ -632,9 +639,19 @@ def build_parts(config: TrainConfig, device: torch.device) -> Parts:
     return Parts(vae=vae.to(device).eval(), text_encoder=text_encoder, scheduler=scheduler)
 
 
-def build_model(config: TrainConfig) -> nn.Module:
+def build_model(config: TrainConfig, parts: Parts) -> nn.Module:
     """The diffusion model in its master type, with the same first weights on every rank."""
+    sizes = {
+        "in_channels": config.vae.channels,
+        "caption_channels": parts.text_encoder.output_dim,
+        "model_max_length": parts.text_encoder.model_max_length,
+    }
     settings = asdict(config.model)
+    for name, size in sizes.items():
+        if settings[name] not in (None, size):
+            raise ConfigError(
+                f"model.{name}={settings[name]}, but the VAE or text encoder gives {size}", hint=f"remove model.{name}"
+            )
     torch.manual_seed(config.seed)
-    model: nn.Module = MODELS.build(settings)
+    model: nn.Module = MODELS.build({**settings, **sizes})
     return model.to(torch.float64 if config.dtype == "fp64" else torch.float32)
