@@ -3,7 +3,7 @@
 `resize_crop` scales a picture until it covers the target and cuts what is over; `center` does so for squares. Frames
 of a video are resized bilinearly without antialiasing (`align_corners=False`), images bicubically with it (PIL).
 
-Written in numpy and not in torch: only the source pixels that the result depends on are touched, which on frames much
+Written in numpy and not in torch: only the source lines that the result depends on are touched, which on frames much
 larger than the target is several times faster, and reading threads need no torch. Equal to
 `torch.nn.functional.interpolate` within fp32 rounding.
 """
@@ -46,12 +46,12 @@ class _Taps:
 
 @dataclass(frozen=True)
 class _Resampling:
-    rows: NDArray[np.intp]
-    """Source rows: first taps, then second taps."""
-    columns: NDArray[np.intp]
-    """The same for columns, counted in bytes of a row of RGB pixels."""
-    row_weight: NDArray[np.float32]
-    column_weight: NDArray[np.float32]
+    """Taps for frames of one size. Samples are bytes of a line of RGB pixels, within the part of it that is used."""
+
+    rows: _Taps
+    used: slice
+    columns: _Taps
+    """From samples to samples of a line that holds its red, then its green, then its blue ones."""
 
 
 class ClipTransform:
@@ -83,17 +83,11 @@ class ClipTransform:
         resampling = self._resampling.get(size)
         if resampling is None:
             resampling = self._resampling[size] = self._plan(*size)
-        picked = frame.reshape(size[0], -1)[resampling.rows].take(resampling.columns, axis=1).astype(np.float32)
-        taps = picked.reshape(2, self.height, 2, self.width * 3)
-        rows, other_rows = taps[0], taps[1]
-        other_rows -= rows
-        other_rows *= resampling.row_weight
-        rows += other_rows
-        pixels, other_pixels = rows[:, 0], rows[:, 1]
-        other_pixels -= pixels
-        other_pixels *= resampling.column_weight
-        pixels += other_pixels
-        _normalise(pixels.reshape(self.height, self.width, 3), out)
+        lines = frame.reshape(size[0], -1)[:, resampling.used]
+        rows = _blend(lines[resampling.rows.first], lines[resampling.rows.second], resampling.rows.weight[:, None])
+        columns = resampling.columns
+        pixels = _blend(rows.take(columns.first, axis=1), rows.take(columns.second, axis=1), columns.weight)
+        _normalise(pixels.reshape(self.height, 3, self.width).transpose(1, 0, 2), out)
 
     def image(self, image: Image.Image, out: NDArray[np.float32]) -> None:
         """Transform an RGB image into fp32 `out` [3, height, width]."""
@@ -103,7 +97,7 @@ class ClipTransform:
             window = _cover(image.height, image.width, self.height, self.width, rounding="image")
             resized = image.resize((window.width, window.height), Image.Resampling.BICUBIC)
         box = (window.left, window.top, window.left + self.width, window.top + self.height)
-        _normalise(np.asarray(resized.crop(box), dtype=np.float32), out)
+        _normalise(np.asarray(resized.crop(box)).transpose(2, 0, 1), out)
 
     def _plan(self, height: int, width: int) -> _Resampling:
         if self.name == "center":
@@ -112,18 +106,31 @@ class ClipTransform:
             window = _cover(height, width, self.height, self.width, rounding="video")
         rows = _bilinear_taps(height, window.height, window.top, self.height, scale=window.scale)
         columns = _bilinear_taps(width, window.width, window.left, self.width, scale=window.scale)
-        pixels = np.concatenate([columns.first, columns.second])
-        return _Resampling(
-            rows=np.concatenate([rows.first, rows.second]),
-            columns=(pixels[:, None] * 3 + np.arange(3)).ravel(),
-            row_weight=rows.weight[:, None, None],
-            column_weight=np.repeat(columns.weight, 3),
+        begin, end = int(columns.first[0]), int(columns.second[-1]) + 1
+        channels = np.arange(3)[:, None]
+        samples = _Taps(
+            ((columns.first - begin) * 3 + channels).ravel(),
+            ((columns.second - begin) * 3 + channels).ravel(),
+            np.tile(columns.weight, 3),
         )
+        return _Resampling(rows, slice(begin * 3, end * 3), samples)
 
 
-def _normalise(pixels: NDArray[np.float32], out: NDArray[np.float32]) -> None:
-    """0..255 [H, W, 3] to -1..1 [3, H, W]."""
-    np.divide(pixels.transpose(2, 0, 1), np.float32(127.5), out=out)
+def _blend(
+    first: NDArray[np.uint8 | np.float32], second: NDArray[np.uint8 | np.float32], weight: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """first + (second - first) * weight, in the memory of two fp32 arrays."""
+    blended = first.astype(np.float32, copy=False)
+    change = second.astype(np.float32, copy=False)
+    change -= blended
+    change *= weight
+    blended += change
+    return blended
+
+
+def _normalise(pixels: NDArray[np.uint8 | np.float32], out: NDArray[np.float32]) -> None:
+    """0..255 to -1..1, both [3, H, W]."""
+    np.divide(pixels, np.float32(127.5), out=out)
     out -= 1
 
 
