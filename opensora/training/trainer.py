@@ -98,8 +98,9 @@ class Trainer:
 
         self.catalogue = load_data(config.data, config)
         self.plans = PlanCache(config, self.catalogue, config.data.bucket_config)
+        self.plans(0)  # says now when there is nothing to train on, before anything is written
         self.micro_batches_per_step = self._join_run()
-        self.plans.micro_batches_per_step = self.micro_batches_per_step
+        self.plans.use(self.micro_batches_per_step)
         self.loader = self._make_loader(self.catalogue, self.plans)
         self.total_steps = config.train.steps or self.plans(0).num_steps * (config.train.epochs or 0)
 
@@ -461,7 +462,7 @@ class Trainer:
             num_threads=config.data.num_threads,
         )
         plans = PlanCache(config, load_data(data, config), data.bucket_config, data=data)
-        plans.micro_batches_per_step = self.micro_batches_per_step
+        plans.use(self.micro_batches_per_step)
         loader = StepLoader(
             plans.catalogue, plans, data=data, seed=config.seed, rank=self.world.rank, num_ranks=self.world.size,
             storage=config.storage,
@@ -586,7 +587,7 @@ class PlanCache:
         self, config: TrainConfig, catalogue: Catalogue, buckets: BucketTable, *, data: DataConfig | None = None
     ) -> None:
         self.catalogue = catalogue
-        self.micro_batches_per_step = 1
+        self._micro_batches_per_step = 1
         self._data = data or config.data
         self._config = config
         self._bucket = Bucket(buckets)
@@ -601,6 +602,11 @@ class PlanCache:
         )  # fmt: skip
         self._plans: dict[int, EpochPlan] = {}
 
+    def use(self, micro_batches_per_step: int) -> None:
+        """Make plans with this many micro-batches per step from now on."""
+        self._micro_batches_per_step = micro_batches_per_step
+        self._plans.clear()
+
     def __call__(self, epoch: int) -> EpochPlan:
         if epoch not in self._plans:
             while len(self._plans) >= 2:
@@ -610,7 +616,7 @@ class PlanCache:
                 self._bucket,
                 seed=self._config.seed,
                 epoch=epoch,
-                micro_batches_per_step=self.micro_batches_per_step,
+                micro_batches_per_step=self._micro_batches_per_step,
                 costs=self._costs,
                 balance_window=self._config.train.balance_window,
                 drop_last=self._data.drop_last,
