@@ -11,6 +11,7 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 
+from opensora.datasets import catalogue as catalogue_module
 from opensora.datasets.catalogue import load_catalogue
 from opensora.errors import ConfigError, DataError, ObjectNotFoundError
 from opensora.storage import Storage
@@ -42,6 +43,15 @@ def test_a_csv_file_is_read_with_its_columns(tmp_path: Path) -> None:
     assert math.isnan(catalogue.fps[1])
     assert catalogue.ids.tolist() == [0, 1]
     assert (catalogue.dropped, catalogue.num_empty_texts, catalogue.num_duplicates) == ({}, 0, 0)
+
+
+def test_captions_of_several_lines_may_lie_anywhere_in_a_large_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalogue_module, "_CSV_BLOCK_BYTES", 128)
+    uri = csv(tmp_path, *[f'{i}.mp4,"line\nof {i}\n\nmore",60,240,426,24' for i in range(100)])
+    catalogue = load_catalogue(uri)
+    assert [catalogue.row_text(i) for i in range(100)] == [f"line\nof {i}\n\nmore" for i in range(100)]
 
 
 def test_parquet_and_csv_files_of_the_same_rows_are_read_alike(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -30,10 +30,10 @@ def catalogue_of(clips: list[tuple[int, int, int]], digest: str = "a") -> Catalo
     )  # fmt: skip
 
 
-def random_catalogue(n: int, seed: int = 0) -> Catalogue:
+def random_catalogue(n: int, seed: int = 0, digest: str = "a") -> Catalogue:
     rng = np.random.default_rng(seed)
     frames, sizes = rng.choice([1, 60, 120, 300], n), rng.choice([144, 256, 512, 720], (n, 2))
-    return catalogue_of([(T, H, W) for T, (H, W) in zip(frames.tolist(), sizes.tolist(), strict=True)])
+    return catalogue_of([(T, H, W) for T, (H, W) in zip(frames.tolist(), sizes.tolist(), strict=True)], digest)
 
 
 def plan_of(catalogue: Catalogue, table: Any = TABLE, **settings: Any) -> EpochPlan:
@@ -131,7 +131,7 @@ def test_a_plan_depends_on_what_it_is_made_from_and_on_nothing_else() -> None:
         plan_of(catalogue, seed=1), plan_of(catalogue, epoch=1), plan_of(catalogue, micro_batches_per_step=3),
         plan_of(catalogue, balance_window=1), plan_of(catalogue, shuffle=False), plan_of(catalogue, drop_last=False),
         plan_of(catalogue, frame_interval=2), plan_of(catalogue, {"144p": {1: (1.0, 3)}}),
-        plan_of(catalogue_of([(1, 144, 256)] * 200, digest="b")),
+        plan_of(random_catalogue(200, digest="b")),
     ]  # fmt: skip
     assert len({plan.digest, *(other.digest for other in others)}) == 1 + len(others)
 
@@ -203,17 +203,14 @@ def test_steps_of_an_epoch_come_in_random_order_also_when_grouped() -> None:
     assert rising > 0.15
 
 
-def test_no_window_is_smaller_than_asked_for_so_none_is_badly_balanced() -> None:
-    """65 steps with windows of 64 would leave one step on its own."""
-    n = 65 * 4
-    costs = np.arange(1.0, 18.0)
-    ratios = [(60, *size) for size in ((192, 192), (144, 256), (256, 144), (125, 291))]
-    plan = plan_of(
-        catalogue_of([ratios[i % 4] for i in range(n)]), {"144p": {51: (1.0, 1)}}, costs=costs,
-        micro_batches_per_step=4, balance_window=64,
-    )  # fmt: skip
-    mixed_steps = sum(len({name for name, _ in step}) > 1 for step in steps(plan))
-    assert mixed_steps <= 3
+@pytest.mark.parametrize("window", [50, 94])
+def test_no_window_is_smaller_than_asked_for(window: int) -> None:
+    """A window of 94 of 95 steps would leave one step on its own, badly balanced."""
+    plan = plan_of(random_catalogue(65 * 4), {"144p": {51: (1.0, 1)}, "512": {51: (0.5, 1)}}, balance_window=window)
+    costs = [[micro_batch.cost for micro_batch in plan.step(index)] for index in range(plan.num_steps)]
+    assert window < plan.num_steps < 2 * window
+    spans = sorted((min(step), max(step)) for step in costs)
+    assert all(high <= low for (_, high), (low, _) in pairwise(spans))
 
 
 def test_which_clips_are_left_over_changes_with_the_epoch() -> None:
