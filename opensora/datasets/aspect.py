@@ -1,4 +1,6 @@
-"""Resolutions, aspect ratios and the sizes in pixels that stand for them: Open-Sora's 13 tables.
+"""Resolutions, aspect ratios and the sizes in pixels that stand for them: Open-Sora's 13 tables, and one of our own.
+
+Ours is `64px`, squares of 64x64 pixels, for models that are trained in minutes without a GPU; their smallest is 144p.
 
 A ratio is height / width, as in Open-Sora: "9:16" and "0.56" are landscape, "16:9" and "1.78" portrait.
 """
@@ -88,6 +90,7 @@ _TABLES = {
         0.56:2160x3840 0.67:2352x3528 0.75:2494x3326 1.00:2880x2880 1.33:3326x2494 1.50:3528x2352 1.78:3840x2160
         1.89:3958x2096 2.00:4072x2036 2.08:4156x1994
     """),
+    "64px": (4096, "1.00:64x64"),
 }  # fmt: skip
 """Resolution → (nominal pixels, "ratio:HEIGHTxWIDTH …" in the order in which ties are broken)."""
 

@@ -182,7 +182,7 @@ class ObjectStore:
                 env=environment,
                 # Of its own group, so that Ctrl-C at a terminal does not end it before those who still write to it.
                 start_new_session=True,
-                preexec_fn=_die_with_parent(),
+                preexec_fn=die_with_parent(),
             )
 
     def _wait_until_ready(self) -> bool:
@@ -250,7 +250,7 @@ def _is_free(port: int) -> bool:
     return True
 
 
-def _die_with_parent() -> Callable[[], None] | None:
+def die_with_parent() -> Callable[[], None] | None:
     """What the child does before it becomes the server: ask Linux to kill it when this process (its thread) ends."""
     if not sys.platform.startswith("linux"):
         return None

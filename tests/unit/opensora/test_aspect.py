@@ -19,6 +19,7 @@ def test_the_tables_are_those_of_open_sora() -> None:
     lines = [
         f"{name} {pixels} {key} {height}x{width}"
         for name, (pixels, table) in ASPECT_RATIOS.items()
+        if name != "64px"  # ours
         for key, (height, width) in table.items()
     ]
     # Taken from the published tables by another program than the one that wrote ours.
