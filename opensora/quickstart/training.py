@@ -113,9 +113,10 @@ def train_until_killed(config: str, run: Storage, *, steps: int) -> Kill | None:
     with running(command) as process:
         while process.poll() is None:
             progress = read_progress(run)
-            if progress.get("step", 0) > steps // 2 and progress.get("checkpoint_step"):
-                processes = [psutil.Process(process.pid)]
-                processes += processes[0].children(recursive=True)
+            if progress.get("step", 0) > steps // 2 and (progress.get("checkpoint_step") or 0) >= steps // 3:
+                launcher = psutil.Process(process.pid)
+                ranks = [one for one in launcher.children() if "opensora.train" in one.cmdline()]
+                processes = [launcher, *ranks]
                 process.kill()
                 # The kernel ends the ranks with their launcher.
                 psutil.wait_procs(processes, timeout=_STOP_SECONDS)
@@ -130,4 +131,5 @@ def _launch_arguments(config: str, run: Storage, *, steps: int) -> list[str]:
     return [
         "opensora.launch", "--nproc-per-node", str(NUM_RANKS), "--run-uri", run.uri,
         "opensora.train", config, f"run_uri={run.uri}", f"train.steps={steps}",
+        f"checkpoint.every_steps={max(steps // 6, 1)}",
     ]  # fmt: skip
