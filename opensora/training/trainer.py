@@ -395,7 +395,7 @@ class Trainer:
 
     def _restore(self) -> None:
         """Continue from the newest complete checkpoint of the run, else from `checkpoint.load`."""
-        info = self.world.broadcast(self.checkpoints.newest() if self.world.is_main else None)
+        info: CheckpointInfo | None = self.world.broadcast(self.checkpoints.newest() if self.world.is_main else None)
         state = dict(checkpoint_tensors(self.model, self.optimizer, self.ema))
         if info is not None:
             metadata = self.checkpoints.load(info, state)

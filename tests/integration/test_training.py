@@ -1,0 +1,200 @@
+"""Whole runs through the launcher, on real ranks: exact on any number of them, exact after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from opensora.sampling.video_io import encode_video
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+
+STEPS = 12
+CONFIG = {
+    "seed": 7,
+    "dtype": "fp64",
+    "model": {"type": "STDiT3", "hidden_size": 16, "depth": 1, "num_heads": 2},
+    "vae": {"type": "codec", "channels": 4},
+    "text_encoder": {"type": "hash", "output_dim": 8, "model_max_length": 8},
+    "scheduler": {"type": "rflow", "sample_method": "logit-normal", "use_timestep_transform": True},
+    "train": {
+        "steps": STEPS,
+        "micro_batches_per_step": 8,
+        "log_every": 4,
+        "mask_ratios": {"random": 0.3, "image_head": 0.2},
+    },
+    "optim": {"lr": 1e-3, "eps": 1e-8, "ema_decay": 0.9, "grad_clip": 1.0, "warmup_steps": 3},
+    "checkpoint": {"every_steps": 5},
+    "parallel": {"num_cpu_threads": 1},
+    "report": {"flush_seconds": 1.0},
+}
+
+
+@pytest.fixture(scope="module")
+def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve moving clips of two shapes."""
+    folder = tmp_path_factory.mktemp("clips")
+    generator = np.random.default_rng(0)
+    lines = ["path,text,num_frames,height,width"]
+    for number in range(12):
+        height, width = ((144, 256), (192, 192))[number % 2]
+        picture = np.kron(generator.integers(0, 255, (12, 16, 3)), np.ones((24, 24, 1)))[: height + 24, : width + 24]
+        frames = [picture[shift : shift + height, shift : shift + width] for shift in range(20)]
+        (folder / f"{number}.mp4").write_bytes(encode_video(np.stack(frames).astype(np.uint8), fps=24))
+        lines.append(f"{number}.mp4,clip number {number},20,{height},{width}")
+    path = folder / "clips.csv"
+    path.write_text("\n".join(lines))
+    return path
+
+
+@dataclass
+class Run:
+    """A run directory, and how to start attempts in it."""
+
+    folder: Path
+    catalogue: Path
+    overrides: list[str] = field(default_factory=list)
+
+    def command(self, ranks: int, *overrides: str) -> list[str]:
+        data = {"path": str(self.catalogue), "bucket_config": {"144p": {"17": [1.0, 2]}}, "repeats": 4}
+        config = self.folder.parent / f"{self.folder.name}.json"
+        config.write_text(json.dumps({**CONFIG, "data": data, "run_uri": str(self.folder)}))
+        launcher = [sys.executable, "-m", "opensora.launch", "--nproc-per-node", str(ranks)]
+        return [
+            *launcher, "--run-uri", str(self.folder), "opensora.train", str(config), *self.overrides, *overrides,
+        ]  # fmt: skip
+
+    def train(self, ranks: int, *overrides: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            self.command(ranks, *overrides), capture_output=True, text=True, timeout=300, check=False, env=environment()
+        )
+        assert done.returncode == expect, done.stderr[-4000:]
+        return done
+
+    def train_and_kill(self, ranks: int, *, after_step: int) -> None:
+        """SIGKILL the launcher as soon as the checkpoint of a step is complete."""
+        manifest = self.folder / f"checkpoints/step-{after_step:08d}"
+        process = subprocess.Popen(self.command(ranks), env=environment(), stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 200
+        while not list(manifest.glob("*/manifest.json")):
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline, "no checkpoint in time"
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+    def losses(self) -> dict[int, float]:
+        """Step → loss; of a step that was done twice, the later one."""
+        found: dict[int, float] = {}
+        for part in sorted(self.folder.glob("metrics/attempt-*/part-*.jsonl")):
+            for line in part.read_text().splitlines():
+                record = json.loads(line)
+                if "loss" in record:
+                    found[record["step"]] = record["loss"]
+        return found
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return load_file(self.folder / "export/model.safetensors")
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def one_rank(catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The truth: one rank that was never interrupted."""
+    run = Run(tmp_path_factory.mktemp("one") / "run", catalogue)
+    run.train(1)
+    return run
+
+
+@pytest.fixture(scope="module")
+def two_ranks(catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = Run(tmp_path_factory.mktemp("two") / "run", catalogue)
+    run.train(2)
+    return run
+
+
+def assert_equal_within(actual: Run, expected: Run, tolerance: float, *, from_step: int = 1) -> None:
+    wanted = {step: loss for step, loss in expected.losses().items() if step >= from_step}
+    got = actual.losses()
+    assert sorted(wanted) == list(range(from_step, STEPS + 1))
+    for step, loss in wanted.items():
+        assert got[step] == pytest.approx(loss, rel=tolerance), f"loss of step {step}"
+    theirs = expected.weights()
+    for name, tensor in actual.weights().items():
+        difference = float((tensor - theirs[name]).norm() / theirs[name].norm().clamp(min=1e-30))
+        assert difference <= tolerance, f"{name} differs by {difference:.1e}"
+
+
+def test_the_weights_do_change(one_rank: Run) -> None:
+    losses = one_rank.losses()
+    assert len(set(losses.values())) == STEPS
+    assert losses[STEPS] < losses[1]
+
+
+def test_two_ranks_compute_what_one_does(one_rank: Run, two_ranks: Run) -> None:
+    assert_equal_within(two_ranks, one_rank, 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides"),
+    [
+        (3, ("parallel.sharding=zero2",)),
+        (3, ("parallel.sharding=zero3", "parallel.activation_checkpointing=full")),
+    ],
+    ids=["zero2-uneven", "zero3-uneven-checkpointed"],
+)
+def test_three_ranks_with_uneven_work_compute_what_one_does(
+    one_rank: Run, catalogue: Path, tmp_path: Path, ranks: int, overrides: tuple[str, ...]
+) -> None:
+    run = Run(tmp_path / "run", catalogue)
+    run.train(ranks, *overrides)
+    assert_equal_within(run, one_rank, 1e-10)
+
+
+def test_a_killed_run_resumes_bit_for_bit(two_ranks: Run, catalogue: Path, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", catalogue)
+    run.train_and_kill(2, after_step=5)
+    assert not (run.folder / "export").exists()
+    done = run.train(2)
+    assert "attempt 2 continues from the checkpoint of step 5" in done.stderr
+    assert {step: run.losses()[step] for step in range(6, STEPS + 1)} == {
+        step: two_ranks.losses()[step] for step in range(6, STEPS + 1)
+    }
+    theirs = two_ranks.weights()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in run.weights().items())
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 3), (3, 1)])
+def test_a_killed_run_resumes_on_another_number_of_ranks(
+    one_rank: Run, catalogue: Path, tmp_path: Path, first: int, second: int
+) -> None:
+    run = Run(tmp_path / "run", catalogue)
+    run.train_and_kill(first, after_step=5)
+    run.train(second)
+    assert_equal_within(run, one_rank, 1e-10, from_step=6)
+
+
+def test_fp32_agrees_to_its_precision(catalogue: Path, tmp_path: Path) -> None:
+    runs = [Run(tmp_path / f"run-{ranks}", catalogue, ["dtype=fp32"]) for ranks in (1, 3)]
+    runs[0].train(1)
+    runs[1].train(3)
+    assert_equal_within(runs[1], runs[0], 1e-5)
+
+
+def test_another_order_of_samples_cannot_continue_a_run(one_rank: Run) -> None:
+    done = one_rank.train(1, "seed=8", expect=78)
+    assert "begun with another seed (7, now 8)" in done.stderr
