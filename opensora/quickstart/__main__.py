@@ -27,7 +27,7 @@ from opensora.config.train import TrainConfig
 from opensora.errors import DataError, ExitCode, OpenSoraError, UsageError
 from opensora.quickstart.clips import CATALOGUE, Clip, prepare_clips
 from opensora.quickstart.object_store import ObjectStore
-from opensora.quickstart.training import NUM_RANKS, is_finished, run_program, train, train_until_killed
+from opensora.quickstart.training import NUM_RANKS, is_finished, read_progress, run_program, train, train_until_killed
 from opensora.storage import Storage
 
 CONFIG = Path(__file__).parents[2] / "configs/stdit3/train/quickstart.yaml"
@@ -136,7 +136,8 @@ class Quickstart:
         if is_finished(run, steps=self.steps):
             self._say(f"{run.uri} is finished ({self.steps} steps)")
             return
-        if records.newest_attempt(run) == 0 and self.steps >= _FEWEST_STEPS_TO_KILL:
+        before_half = read_progress(run).get("step", 0) <= self.steps // 2
+        if before_half and self.steps >= _FEWEST_STEPS_TO_KILL:
             self._say(f"training a small STDiT3: {self.steps} steps on {NUM_RANKS} ranks, {run.uri}")
             kill = train_until_killed(str(CONFIG), run, steps=self.steps)
             if kill is not None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich import box
 from rich.table import Table
 from torch import Tensor
 
@@ -53,10 +54,10 @@ class NearestClips:
 
     def table(self) -> Table:
         """For a terminal: the nearest clip of each sample is set in brackets, green where it is the right one."""
-        table = Table(title="mean squared distance of pixels; \\[nearest]")
+        table = Table(title="mean squared distance of pixels; \\[nearest]", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("sampled \\ clip", no_wrap=True)
         for name in self.names:
-            table.add_column(name, justify="right")
+            table.add_column(name, justify="right", overflow="fold", min_width=7)
         for wanted, (name, row, found) in enumerate(zip(self.names, self.distances, self.nearest, strict=True)):
             cells = [f"{value:.0f}" for value in row]
             if found >= 0:
