@@ -192,9 +192,41 @@ def test_fp32_agrees_to_its_precision(catalogue: Path, tmp_path: Path) -> None:
     runs = [Run(tmp_path / f"run-{ranks}", catalogue, ["dtype=fp32"]) for ranks in (1, 3)]
     runs[0].train(1)
     runs[1].train(3)
-    assert_equal_within(runs[1], runs[0], 1e-5)
+    ours, theirs = runs[1].losses(), runs[0].losses()
+    assert [ours[step] for step in range(1, STEPS + 1)] == pytest.approx(
+        [theirs[step] for step in range(1, STEPS + 1)], rel=1e-5
+    )
+    # Over all weights together: the bias of attention's keys has no true gradient (softmax ignores a shift), and AdamW
+    # turns its rounding errors into steps.
+    mine, other = (torch.cat([tensor.flatten() for tensor in run.weights().values()]) for run in runs)
+    assert float((mine - other).norm() / other.norm()) <= 1e-5
 
 
 def test_another_order_of_samples_cannot_continue_a_run(one_rank: Run) -> None:
     done = one_rank.train(1, "seed=8", expect=78)
     assert "begun with another seed (7, now 8)" in done.stderr
+
+
+def test_sigterm_finishes_the_step_saves_and_exits_75(one_rank: Run, catalogue: Path, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", catalogue)
+    process = subprocess.Popen(run.command(2), env=environment(), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not list(run.folder.glob("checkpoints/step-00000005/*/manifest.json")):
+        assert process.poll() is None, "the run ended before it could be stopped"
+        assert time.monotonic() < deadline, "no checkpoint in time"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(100) == 75
+    saved = max(int(path.parent.parent.name[5:]) for path in run.folder.glob("checkpoints/*/*/manifest.json"))
+    assert saved >= 5
+    done = run.train(2)
+    assert f"continues from the checkpoint of step {saved}" in done.stderr
+    assert_equal_within(run, one_rank, 1e-10)
+
+
+def test_a_diverged_run_ends_with_87_and_names_step_bucket_and_rows(catalogue: Path, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", catalogue)
+    settings = ("dtype=fp32", "optim.lr=1e30", "optim.grad_clip=0", "optim.warmup_steps=0")
+    done = run.train(2, *settings, expect=87)
+    assert "bucket 144p/17/" in done.stderr
+    assert "rows [" in done.stderr
