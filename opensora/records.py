@@ -77,6 +77,11 @@ def metrics_prefix(attempt: int) -> str:
     return f"metrics/attempt-{attempt}"
 
 
+def skipped_prefix(attempt: int) -> str:
+    """Folder of the JSON lines that name the clips left out."""
+    return f"skipped/attempt-{attempt}"
+
+
 def dumps_prefix(attempt: int) -> str:
     """Folder of stack and memory dumps."""
     return f"dumps/attempt-{attempt}"

@@ -70,7 +70,7 @@ class DataConfig:
     bad_clip: Literal["fail", "skip"] = "fail"
     """What to do about a clip that cannot be read: end the run, or leave it out and count it."""
     max_skips: int = 100
-    """With `bad_clip=skip`: end the run when more clips than this had to be left out."""
+    """With `bad_clip=skip`: end the run when more different clips than this had to be left out."""
     num_threads: int = 2
     """Threads per rank that read and decode clips."""
     prefetch_batches: int = 3

@@ -155,6 +155,7 @@ class StepLoader:
         self._rank = rank
         self._num_ranks = num_ranks
         self._bad_uris: set[str] = set()
+        self._untold: list[SkippedClip] = []
         self._source = _ClipSource(catalogue, data=data, seed=seed, storage=storage)
         self._threads: _Threads | None = None
 
@@ -291,15 +292,31 @@ class StepLoader:
         if self._data.bad_clip == "fail":
             raise error
         self.num_skipped += 1
-        self._bad_uris.add(uri)
         logger.warning("left out %s: %s", uri, error.message)
-        if len(self._bad_uris) > self._data.max_skips:
-            raise DataError(
-                f"{len(self._bad_uris)} clips cannot be read, more than data.max_skips={self._data.max_skips}; "
-                f"the last one: {error.message}",
-                hint="remove them from the catalogue (the log names each), or raise data.max_skips",
-            ) from error
-        return SkippedClip(uri, error.message)
+        clip = SkippedClip(uri, error.message)
+        self._untold.append(clip)
+        self.count_bad([clip])
+        return clip
+
+    def take_skipped(self) -> list[SkippedClip]:
+        """The clips left out since the last call."""
+        told, self._untold = self._untold, []
+        return told
+
+    def count_bad(self, clips: list[SkippedClip]) -> None:
+        """Count clips towards `data.max_skips`, here or on other ranks; one that is known counts once.
+
+        Raises:
+            DataError: there are too many.
+        """
+        for clip in clips:
+            self._bad_uris.add(clip.uri)
+            if len(self._bad_uris) > self._data.max_skips:
+                raise DataError(
+                    f"{len(self._bad_uris)} clips cannot be read, more than data.max_skips={self._data.max_skips}; "
+                    f"the last one: {clip.reason}",
+                    hint="remove them from the catalogue (the log names each), or raise data.max_skips",
+                )
 
 
 class _ClipSource:

@@ -32,12 +32,13 @@ from opensora.config.train import BucketTable, DataConfig, TrainConfig
 from opensora.datasets.bucket import Bucket
 from opensora.datasets.catalogue import Catalogue, load_catalogue
 from opensora.datasets.cost import clip_flops
-from opensora.datasets.loader import ClipBatch, StepLoader, StepWork
+from opensora.datasets.loader import ClipBatch, SkippedClip, StepLoader, StepWork
 from opensora.datasets.plan import Cursor, EpochPlan, build_plan
 from opensora.errors import CheckpointError, ConfigError, DivergedError, StopRequestedError
 from opensora.registry import MODELS, SCHEDULERS
+from opensora.spool import PartSpool
 from opensora.storage import Storage
-from opensora.training.clock import Clock
+from opensora.training.clock import Clock, Phase
 from opensora.training.control import StopControl
 from opensora.training.ema import EMA
 from opensora.training.failures import translated
@@ -130,6 +131,8 @@ class Trainer:
         self.step = 0
         self.cursor = Cursor(epoch=0, step=0)
         self.current: ClipBatch | None = None
+        self.num_skipped = 0
+        self.skips: PartSpool | None = None
         self.saved_step: int | None = None
         self._ticket: SaveTicket | None = None
         self._committed: int | None = None
@@ -143,6 +146,7 @@ class Trainer:
         self._restore()
 
         self._durations: deque[float] = deque(maxlen=50)
+        self._seconds_before: dict[Phase, float] = {}
         self._last_loss: float | None = None
         self.metrics: MetricsWriter | None = None
         self.progress: ProgressReporter | None = None
@@ -243,9 +247,26 @@ class Trainer:
         with self.clock("forward/backward"):
             numerator = float(torch.stack(numerators).double().sum()) if numerators else 0.0
             squares = self.optimizer.squared_gradient_norm() / self.world.replicas
+        skipped = self.loader.take_skipped()
         with self.clock("imbalance"), self._translated():
-            sums = self.world.sum([numerator, denominator, squares, samples, tokens])
+            sums = self.world.sum([numerator, denominator, squares, samples, tokens, len(skipped)])
+        self._tell_skipped(work, skipped, anywhere=sums.pop() > 0)
         return self._update(sums, numerators, seen)
+
+    def _tell_skipped(self, work: StepWork, mine: list[SkippedClip], *, anywhere: bool) -> None:
+        """Record the clips that any rank has left out of this step, and count them towards the limit."""
+        if not anywhere:
+            return
+        skipped = [clip for clips in self.world.gather(mine) for clip in clips]
+        self.num_skipped += len(skipped)
+        if self.world.is_main:
+            if self.skips is None:
+                prefix = records.skipped_prefix(self.attempt)
+                seconds = self.config.report.flush_seconds
+                self.skips = PartSpool(self.run, prefix, suffix=".jsonl", flush_seconds=seconds)
+            for clip in skipped:
+                self.skips.write(json.dumps({"epoch": work.epoch, "step": self.step + 1, **asdict(clip)}) + "\n")
+        self.loader.count_bad(skipped)
 
     def _update(self, sums: list[float], numerators: list[torch.Tensor], seen: list[ClipBatch]) -> StepResult:
         numerator, denominator, squares, samples, tokens = sums
@@ -318,6 +339,8 @@ class Trainer:
         if self.metrics is None:
             return
         parts = self.clock.seconds()
+        before, self._seconds_before = self._seconds_before, parts
+        passed = {phase: value - before.get(phase, 0.0) for phase, value in parts.items()}
         values = {
             "loss": result.loss,
             "grad_norm": result.grad_norm,
@@ -326,6 +349,9 @@ class Trainer:
             "step_seconds": seconds,
             "samples_per_second": result.num_samples / seconds,
             "tokens_per_second": result.num_tokens / seconds,
+            "data_wait_share": passed.get("data wait", 0.0) / seconds,
+            "imbalance_share": passed.get("imbalance", 0.0) / seconds,
+            "skipped_clips": float(self.num_skipped),
             "goodput": self.clock.goodput(),
             "memory_gib": peak_memory_gib(self.world.device),
             **self._compute_rates(work, seconds),
@@ -375,6 +401,8 @@ class Trainer:
         self.loader.close()
         if self.metrics is not None:
             self.metrics.close()
+        if self.skips is not None:
+            self.skips.close()
         if self.progress is not None:
             self.progress.close(self._progress_state(outcome))
 
