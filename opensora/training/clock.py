@@ -33,12 +33,11 @@ class Clock:
 
     @contextmanager
     def __call__(self, phase: Phase) -> Iterator[None]:
+        """Be in a phase for the length of a block. An error leaves the phase as it is: that is where it happened."""
         outer = self.phase
         self.switch(phase)
-        try:
-            yield
-        finally:
-            self.switch(outer)
+        yield
+        self.switch(outer)
 
     def seconds(self) -> dict[Phase, float]:
         """Phase → seconds so far; their sum is the elapsed time."""

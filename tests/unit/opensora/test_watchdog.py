@@ -28,6 +28,14 @@ def test_parts_of_the_clock_add_up_to_the_elapsed_time() -> None:
     assert seconds["data wait"] >= 0.01
 
 
+def test_an_error_leaves_the_phase_that_it_happened_in() -> None:
+    clock = Clock()
+    clock.switch("other")
+    with pytest.raises(DataError), clock("validation"), clock("data wait"):
+        raise DataError("a clip")
+    assert clock.phase == "data wait"
+
+
 def test_a_rank_that_stands_still_is_reported_with_its_phase_and_stacks() -> None:
     told: list[tuple[str, str]] = []
     reported = threading.Event()
