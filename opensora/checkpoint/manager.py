@@ -62,6 +62,10 @@ class SaveTicket:
         """Whether it has been committed or has failed."""
         return self._finished.is_set()
 
+    @property
+    def committed(self) -> bool:
+        return self.done and self._error is None
+
     def wait(self) -> None:
         """Return once it is committed, or raise what made it fail."""
         self._finished.wait()

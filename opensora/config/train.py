@@ -279,8 +279,9 @@ class WatchdogConfig:
 
     factor: float = 10.0
     """A step may take this many times the usual step time."""
-    floor_seconds: float = 300.0
-    """No step counts as stalled before this time."""
+    floor_seconds: float = 420.0
+    """No step counts as stalled before this time, which must leave room for an outage of the object store
+    (`storage.retry_deadline_seconds`)."""
     startup_seconds: float = 1800.0
     """Longest time from the start to the end of the first step."""
 
@@ -292,9 +293,16 @@ class ReportConfig:
     wandb: bool = False
     """Log to Weights & Biases as well (needs the package `wandb`)."""
     progress_url: str | None = None
-    """Push progress to this URL (set by the operator)."""
+    """Send `progress.json` to this `http://` or `https://` URL as well, by POST, at most once a second."""
     flush_seconds: float = 10.0
     """Seconds between uploads of metrics, logs and TensorBoard files."""
+
+    def __post_init__(self) -> None:
+        if self.progress_url is not None and not self.progress_url.startswith(("http://", "https://")):
+            raise ConfigError(
+                f"report.progress_url={self.progress_url!r} is no HTTP address",
+                hint="begin it with http:// or https://",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,6 +351,12 @@ class TrainConfig:
             raise ConfigError(
                 f"optim.schedule={self.optim.schedule!r} without train.steps: the last step is not known",
                 hint="set train.steps instead of train.epochs",
+            )
+        if self.watchdog.floor_seconds <= self.storage.retry_deadline_seconds:
+            raise ConfigError(
+                f"watchdog.floor_seconds={self.watchdog.floor_seconds:g} is not above storage.retry_deadline_seconds="
+                f"{self.storage.retry_deadline_seconds:g}: an outage of the object store would count as a stall",
+                hint="raise the first or lower the second",
             )
         if not self.data.bucket_config:
             raise ConfigError(

@@ -35,6 +35,8 @@ from opensora.storage import Storage, locate
 
 logger = logging.getLogger(__name__)
 
+_ASK_SECONDS = 0.1
+"""How often a waiting consumer is asked whether it still wants to wait."""
 _CLOSE_SECONDS = 5.0
 """How long `close` waits for a thread that is stuck in a request to a store that does not answer."""
 
@@ -83,17 +85,22 @@ class StepWork:
     micro_batches: list[MicroBatch]
     num_slots: int
     """The largest number of micro-batches that any rank has in this step, at least 1."""
-    _take: Callable[[], ClipBatch | None] = field(repr=False)
+    _take: Callable[[Callable[[], bool]], ClipBatch | None] = field(repr=False)
 
-    def batches(self) -> Iterator[ClipBatch | None]:
+    def batches(self, *, give_up: Callable[[], bool] = lambda: False) -> Iterator[ClipBatch | None]:
         """The micro-batches in turn; None where not a single clip could be read.
 
+        Args:
+            give_up: asked while the first of them is waited for: whether to wait no longer. Ranks that have begun a
+                step together finish it, so the others are always waited for.
+
         Raises:
+            ReadingStoppedError: `give_up` said yes.
             DataError: a clip cannot be read and `data.bad_clip` is `fail`, or too many cannot.
             StorageError: the store failed for longer than the retry deadline.
         """
-        for _ in self.micro_batches:
-            yield self._take()
+        for index in range(len(self.micro_batches)):
+            yield self._take(give_up if index == 0 else lambda: False)
 
 
 @dataclass
@@ -189,7 +196,7 @@ class StepLoader:
                 ahead.append(share)
                 unread.extend((share.epoch, micro_batch) for micro_batch in share.micro_batches)
 
-        def take(share: _Share) -> ClipBatch | None:
+        def take(share: _Share, give_up: Callable[[], bool]) -> ClipBatch | None:
             if not ahead or ahead[0] is not share or share.num_taken == len(share.micro_batches):
                 raise RuntimeError(f"step {share.step} of epoch {share.epoch} has no more batches")
             share.num_taken += 1
@@ -197,7 +204,7 @@ class StepLoader:
                 read_ahead()
             first = pending.popleft()
             read_ahead()
-            return self._finish(first)
+            return self._finish(first, give_up)
 
         try:
             while True:
@@ -253,7 +260,7 @@ class StepLoader:
         ]
         return _Pending(micro_batch, epoch, video, clips)
 
-    def _finish(self, pending: _Pending) -> ClipBatch | None:
+    def _finish(self, pending: _Pending, give_up: Callable[[], bool]) -> ClipBatch | None:
         rows: list[int] = []
         kept: list[int] = []
         rates: list[float] = []
@@ -262,7 +269,7 @@ class StepLoader:
         try:
             for at, (row, clip) in enumerate(zip(pending.micro_batch.rows, pending.clips, strict=True)):
                 try:
-                    rates.append(clip.result())
+                    rates.append(_await(clip, give_up))
                 except (DataError, ObjectNotFoundError) as error:
                     skipped.append(self._skip(self._catalogue.row_path(int(row)), error))
                 else:
@@ -317,6 +324,17 @@ class StepLoader:
                     f"the last one: {clip.reason}",
                     hint="remove them from the catalogue (the log names each), or raise data.max_skips",
                 )
+
+
+def _await(clip: Future[float], give_up: Callable[[], bool]) -> float:
+    while True:
+        try:
+            return clip.result(timeout=_ASK_SECONDS)
+        except TimeoutError:
+            if clip.done():
+                raise
+            if give_up():
+                raise ReadingStoppedError("a batch that nobody waits for any more") from None
 
 
 class _ClipSource:

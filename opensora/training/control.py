@@ -7,12 +7,11 @@ import os
 import signal
 import sys
 import threading
-import time
 from types import FrameType
 
 from opensora import records
 from opensora.errors import ExitCode
-from opensora.training.clock import Clock
+from opensora.training.position import Position
 
 logger = logging.getLogger(__name__)
 
@@ -23,9 +22,8 @@ class StopControl:
     Whatever the moment, nothing is corrupted: a checkpoint exists only once its manifest does.
     """
 
-    def __init__(self, *, rank: int, clock: Clock) -> None:
-        self._rank = rank
-        self._clock = clock
+    def __init__(self, position: Position) -> None:
+        self._position = position
         self._requested: signal.Signals | None = None
         self._deadline_seconds: float | None = None
         self._running = False
@@ -65,17 +63,8 @@ class StopControl:
 
     def _exit(self, why: str) -> None:
         name = self._requested.name if self._requested else "stop"
-        message = f"{name} in {self._clock.phase}: {why}; the last complete checkpoint is untouched"
-        records.write_end_record(
-            records.EndRecord(
-                rank=self._rank,
-                time=time.time(),
-                code=int(self.exit_code),
-                reason=name,
-                message=message,
-                phase=self._clock.phase,
-            )
-        )
+        message = f"{name} in {self._position.clock.phase}: {why}; the last complete checkpoint is untouched"
+        records.write_end_record(self._position.ended(self.exit_code, reason=name, message=message))
         sys.stderr.write(message + "\n")
         sys.stderr.flush()
         # Threads and process groups cannot be ended in order from here, and must not delay the exit.

@@ -1,13 +1,15 @@
-"""What a person sees while a run goes on: `progress.json`, a bar on a terminal, lines elsewhere."""
+"""What is seen of a run while it goes on: `progress.json`, a copy of it pushed to a URL, a bar on a terminal."""
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
 import os
 import sys
 import threading
 import time
+import urllib.request
 from dataclasses import asdict, dataclass
 
 from rich.console import Console
@@ -20,6 +22,7 @@ from opensora.storage import Storage
 logger = logging.getLogger(__name__)
 
 _WRITE_INTERVAL_SECONDS = 1.0
+_PUSH_TIMEOUT_SECONDS = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +50,9 @@ class ProgressState:
 class ProgressReporter:
     """Shows the state of a run; rank 0 alone has one. Writing happens beside the loop and never delays it."""
 
-    def __init__(self, run: Storage, *, total_steps: int | None, first_step: int) -> None:
+    def __init__(self, run: Storage, *, total_steps: int | None, first_step: int, url: str | None = None) -> None:
         self._run = run
+        self._url = url
         self._latest: ProgressState | None = None
         self._changed = threading.Event()
         self._closing = False
@@ -78,23 +82,36 @@ class ProgressReporter:
             self._bar.stop()
 
     def _write_latest(self) -> None:
-        failed = False
+        reachable = dict.fromkeys((records.PROGRESS_PATH, self._url), True)
         while True:
             self._changed.wait()
             self._changed.clear()
             state, closing = self._latest, self._closing
             if state is not None:
-                try:
-                    self._run.write(records.PROGRESS_PATH, json.dumps(asdict(state), indent=1).encode())
-                    failed = False
-                except StorageError as error:
-                    if not failed:
-                        logger.warning("cannot write %s: %s", records.PROGRESS_PATH, error.message)
-                    failed = True
+                content = json.dumps(asdict(state), indent=1).encode()
+                for target, send in ((records.PROGRESS_PATH, self._write), (self._url, self._push)):
+                    try:
+                        send(content)
+                    except (StorageError, OSError, http.client.HTTPException) as error:
+                        if reachable[target]:
+                            logger.warning("progress does not reach %s: %s; training goes on", target, error)
+                        reachable[target] = False
+                    else:
+                        reachable[target] = True
             if closing and state is self._latest:
                 return
             if not closing:
                 time.sleep(_WRITE_INTERVAL_SECONDS)
+
+    def _write(self, content: bytes) -> None:
+        self._run.write(records.PROGRESS_PATH, content)
+
+    def _push(self, content: bytes) -> None:
+        if self._url is None:
+            return
+        request = urllib.request.Request(self._url, data=content, headers={"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=_PUSH_TIMEOUT_SECONDS):
+            pass
 
 
 def _make_bar(total_steps: int | None, first_step: int) -> tuple[Progress | None, TaskID | None]:

@@ -7,6 +7,7 @@ could not be read changes what a step computes.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -15,7 +16,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,22 +29,24 @@ from opensora.acceleration.mesh import World
 from opensora.acceleration.sharding import free_gathered_weights, shard_model, sharded_modules
 from opensora.checkpoint import CheckpointInfo, CheckpointManager, SaveTicket, export_safetensors
 from opensora.config.load import dump_config
-from opensora.config.train import BucketTable, DataConfig, TrainConfig
+from opensora.config.train import DataConfig, TrainConfig
 from opensora.datasets.bucket import Bucket
 from opensora.datasets.catalogue import Catalogue, load_catalogue
 from opensora.datasets.cost import clip_flops
 from opensora.datasets.loader import ClipBatch, SkippedClip, StepLoader, StepWork
 from opensora.datasets.plan import Cursor, EpochPlan, build_plan
+from opensora.datasets.reader import ReadingStoppedError
 from opensora.errors import CheckpointError, ConfigError, DivergedError, StopRequestedError
 from opensora.registry import MODELS, SCHEDULERS
 from opensora.spool import PartSpool
 from opensora.storage import Storage
-from opensora.training.clock import Clock, Phase
+from opensora.training.clock import Phase
 from opensora.training.control import StopControl
 from opensora.training.ema import EMA
 from opensora.training.failures import translated
 from opensora.training.metrics import MetricsWriter, peak_memory_gib, peak_tflops
 from opensora.training.optim import ShardedAdamW, learning_rate
+from opensora.training.position import Position
 from opensora.training.progress import ProgressReporter, ProgressState
 from opensora.training.state import checkpoint_tensors, exported_tensors, trainable_parameters
 from opensora.training.step import DiffusionStep, WeightedLoss, num_tokens
@@ -88,21 +91,23 @@ class Trainer:
         run: Storage,
         attempt: int,
         control: StopControl,
-        clock: Clock,
+        position: Position,
         watchdog: Watchdog,
         parts: Parts,
         sampler: Sampler | None = None,
     ) -> None:
         self.config, self.world, self.run, self.attempt = config, world, run, attempt
-        self.control, self.clock, self.watchdog = control, clock, watchdog
+        self.control, self.watchdog = control, watchdog
+        self.position, self.clock = position, position.clock
         self.sampler = sampler
 
         self.catalogue = load_data(config.data, config)
-        self.plans = PlanCache(config, self.catalogue, config.data.bucket_config)
+        self.plans = PlanCache(config, self.catalogue, config.data)
         self.plans(0)  # says now when there is nothing to train on, before anything is written
         self.micro_batches_per_step = self._join_run()
         self.plans.use(self.micro_batches_per_step)
-        self.loader = self._make_loader(self.catalogue, self.plans)
+        self.loader = self._make_loader(self.plans, config.data)
+        self.held_out = self._plan_validation() if config.validation.every_steps else None
         self.total_steps = config.train.steps or self.plans(0).num_steps * (config.train.epochs or 0)
 
         self.model = build_model(config, parts)
@@ -130,7 +135,6 @@ class Trainer:
 
         self.step = 0
         self.cursor = Cursor(epoch=0, step=0)
-        self.current: ClipBatch | None = None
         self.num_skipped = 0
         self.skips: PartSpool | None = None
         self.saved_step: int | None = None
@@ -152,7 +156,9 @@ class Trainer:
         self.progress: ProgressReporter | None = None
         if world.is_main:
             self.metrics = MetricsWriter(run, attempt=attempt, config=config.report, run_config=asdict(config))
-            self.progress = ProgressReporter(run, total_steps=self.total_steps, first_step=self.step)
+            self.progress = ProgressReporter(
+                run, total_steps=self.total_steps, first_step=self.step, url=config.report.progress_url
+            )
 
     # ------------------------------------------------------------------------------------------------- loop
 
@@ -165,6 +171,7 @@ class Trainer:
         """
         config = self.config
         self.control.start_loop(deadline_seconds=config.checkpoint.stop_deadline_seconds)
+        self.clock.switch("other")
         outcome = "failed"
         try:
             for work in self._steps():
@@ -218,17 +225,15 @@ class Trainer:
         # With gathered weights kept (zero-2), ranks may run different numbers of micro-batches: nothing is exchanged
         # before the last. Where each one gathers (zero-3), all run equally many, some with zero weight.
         slots = work.num_slots if shards_weights else max(1, len(work.micro_batches))
-        batches = work.batches()
+        self.position.step = self.step + 1
         self.model.train()
         numerators: list[torch.Tensor] = []
         seen: list[ClipBatch] = []
         denominator, samples, tokens = 0.0, 0, 0
-        for slot in range(slots):
-            batch = self._next_batch(batches) if slot < len(work.micro_batches) else None
+        for slot, batch in enumerate(self._batches(work, slots, self.catalogue)):
             if slot == 0:
                 self._agree_to_go_on()
             self._synchronise_gradients(shards_weights or slot == slots - 1)
-            self.current = batch
             if batch is None:
                 with self.clock("forward/backward"), self._translated():
                     self.diffusion.idle_loss().backward()  # type: ignore[no-untyped-call]
@@ -243,30 +248,29 @@ class Trainer:
             denominator += loss.denominator
             samples += len(batch.ids)
             tokens += len(batch.ids) * num_tokens(example.latents, self.config.model.patch_size)
-        self.current = None
+        self.position.set_clips(None)
         with self.clock("forward/backward"):
             numerator = float(torch.stack(numerators).double().sum()) if numerators else 0.0
             squares = self.optimizer.squared_gradient_norm() / self.world.replicas
         skipped = self.loader.take_skipped()
         with self.clock("imbalance"), self._translated():
             sums = self.world.sum([numerator, denominator, squares, samples, tokens, len(skipped)])
-        self._tell_skipped(work, skipped, anywhere=sums.pop() > 0)
+        if sums.pop() > 0:
+            self.num_skipped += self._tell_skipped(self.loader, skipped, epoch=work.epoch)
         return self._update(sums, numerators, seen)
 
-    def _tell_skipped(self, work: StepWork, mine: list[SkippedClip], *, anywhere: bool) -> None:
-        """Record the clips that any rank has left out of this step, and count them towards the limit."""
-        if not anywhere:
-            return
+    def _tell_skipped(self, loader: StepLoader, mine: list[SkippedClip], **where: Any) -> int:
+        """Record the clips that the ranks have left out, and count them towards the limit; returns their number."""
         skipped = [clip for clips in self.world.gather(mine) for clip in clips]
-        self.num_skipped += len(skipped)
-        if self.world.is_main:
+        if skipped and self.world.is_main:
             if self.skips is None:
                 prefix = records.skipped_prefix(self.attempt)
                 seconds = self.config.report.flush_seconds
                 self.skips = PartSpool(self.run, prefix, suffix=".jsonl", flush_seconds=seconds)
             for clip in skipped:
-                self.skips.write(json.dumps({"epoch": work.epoch, "step": self.step + 1, **asdict(clip)}) + "\n")
-        self.loader.count_bad(skipped)
+                self.skips.write(json.dumps({"step": self.position.step, **where, **asdict(clip)}) + "\n")
+        loader.count_bad(skipped)
+        return len(skipped)
 
     def _update(self, sums: list[float], numerators: list[torch.Tensor], seen: list[ClipBatch]) -> StepResult:
         numerator, denominator, squares, samples, tokens = sums
@@ -286,9 +290,17 @@ class Trainer:
                 self.ema.update()
         return StepResult(loss, norm, lr, int(samples), int(tokens))
 
-    def _next_batch(self, batches: Iterator[ClipBatch | None]) -> ClipBatch | None:
-        with self.clock("data wait"):
-            return next(batches)
+    def _batches(self, work: StepWork, slots: int, catalogue: Catalogue) -> Iterator[ClipBatch | None]:
+        """One batch for each slot; None where there is none, and once a stop was asked for before the first came."""
+        batches = work.batches(give_up=lambda: self.control.requested)
+        for slot in range(slots):
+            batch = None
+            if slot < len(work.micro_batches):
+                planned = work.micro_batches[slot]
+                self.position.set_clips(planned.shape.name, [catalogue.row_path(int(row)) for row in planned.rows])
+                with self.clock("data wait"), contextlib.suppress(ReadingStoppedError):
+                    batch = next(batches, None)
+            yield batch
 
     def _synchronise_gradients(self, wanted: bool) -> None:
         for module in sharded_modules(self.model):
@@ -303,6 +315,8 @@ class Trainer:
             self._stop()
 
     def _stop(self) -> None:
+        self.position.step = self.step
+        self.position.set_clips(None)
         if self.saved_step != self.step and self.step > 0:
             self._save()
         with self.clock("saving"):
@@ -326,7 +340,8 @@ class Trainer:
         )
 
     def _translated(self) -> Any:
-        return translated(f" at step {self.step + 1}" + (f", bucket {self.current.shape.name}" if self.current else ""))
+        bucket = self.position.bucket
+        return translated(f" at step {self.step + 1}" + (f", bucket {bucket}" if bucket else ""))
 
     # --------------------------------------------------------------------------------------------- reporting
 
@@ -392,7 +407,7 @@ class Trainer:
         )
 
     def _committed_step(self) -> int | None:
-        if self._ticket is not None and self._ticket.done:
+        if self._ticket is not None and self._ticket.committed:
             self._committed = self._ticket.step
         return self._committed
 
@@ -477,32 +492,18 @@ class Trainer:
 
     def _validate(self) -> None:
         """The loss of the held-out clips at evenly spaced times, the same on any number of ranks."""
-        config = self.config
-        assert config.validation.path is not None, "the config refuses validation without a catalogue"
-        data = DataConfig(
-            path=config.validation.path,
-            bucket_config=config.validation.bucket_config or config.data.bucket_config,
-            frame_interval=config.data.frame_interval,
-            transform=config.data.transform,
-            shuffle=False,
-            drop_last=False,
-            bad_clip=config.data.bad_clip,
-            num_threads=config.data.num_threads,
-        )
-        plans = PlanCache(config, load_data(data, config), data.bucket_config, data=data)
-        plans.use(self.micro_batches_per_step)
-        loader = StepLoader(
-            plans.catalogue, plans, data=data, seed=config.seed, rank=self.world.rank, num_ranks=self.world.size,
-            storage=config.storage,
-        )  # fmt: skip
-        num_steps = min(plans(0).num_steps, -(-config.validation.max_batches // self.micro_batches_per_step))
+        assert self.held_out is not None, "called only with a catalogue"
+        plans = self.held_out
+        loader = self._make_loader(plans, plans.data)
+        max_batches = self.config.validation.max_batches
+        num_steps = min(plans(0).num_steps, -(-max_batches // self.micro_batches_per_step))
         numerator = denominator = 0.0
         try:
             self.model.eval()
             for work in loader.steps(Cursor(epoch=0, step=0)):
                 if work.epoch > 0 or work.step >= num_steps:
                     break
-                for part in self._validation_losses(work):
+                for part in self._validation_losses(work, plans.catalogue):
                     numerator += float(part.numerator)
                     denominator += part.denominator
                 self.watchdog.beat()
@@ -511,19 +512,19 @@ class Trainer:
         finally:
             loader.close()
             free_gathered_weights(self.model)
-        total, count = self.world.sum([numerator, denominator])
+        with self._translated():
+            self._tell_skipped(loader, loader.take_skipped(), held_out=True)
+            total, count = self.world.sum([numerator, denominator])
         loss = total / count if count else math.nan
         if self.metrics is not None:
             self.metrics.write(self.step, {"validation_loss": loss}, everywhere=True)
             logger.info("step %d  validation loss %.4f", self.step, loss)
 
     @torch.no_grad()
-    def _validation_losses(self, work: StepWork) -> Iterator[WeightedLoss]:
+    def _validation_losses(self, work: StepWork, catalogue: Catalogue) -> Iterator[WeightedLoss]:
         times = (np.arange(self.config.validation.num_timesteps) + 0.5) / self.config.validation.num_timesteps
         total = self.config.scheduler.num_timesteps
-        batches = work.batches()
-        for slot in range(work.num_slots):
-            batch = next(batches) if slot < len(work.micro_batches) else None
+        for batch in self._batches(work, work.num_slots, catalogue):
             example = None if batch is None else self.diffusion.prepare_validation(batch)
             for time_ in times:
                 if example is None:
@@ -553,16 +554,33 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------ construction
 
-    def _make_loader(self, catalogue: Catalogue, plans: PlanCache) -> StepLoader:
+    def _make_loader(self, plans: PlanCache, data: DataConfig) -> StepLoader:
         return StepLoader(
-            catalogue,
+            plans.catalogue,
             plans,
-            data=self.config.data,
+            data=data,
             seed=self.config.seed,
             rank=self.world.rank,
             num_ranks=self.world.size,
             storage=self.config.storage,
         )
+
+    def _plan_validation(self) -> PlanCache:
+        """The held-out clips, in the order of their catalogue."""
+        config = self.config
+        assert config.validation.path is not None, "the config refuses validation without a catalogue"
+        data = replace(
+            config.data,
+            path=config.validation.path,
+            root=None,
+            repeats=1,
+            bucket_config=config.validation.bucket_config or config.data.bucket_config,
+            shuffle=False,
+            drop_last=False,
+        )
+        plans = PlanCache(config, load_data(data, config), data)
+        plans.use(self.micro_batches_per_step)
+        return plans
 
     def _join_run(self) -> int:
         """Write `run.json` at the first attempt, compare with it later. Returns the micro-batches per step."""
@@ -611,14 +629,12 @@ class Trainer:
 class PlanCache:
     """Epoch → plan, made when first asked for; the newest two are kept."""
 
-    def __init__(
-        self, config: TrainConfig, catalogue: Catalogue, buckets: BucketTable, *, data: DataConfig | None = None
-    ) -> None:
+    def __init__(self, config: TrainConfig, catalogue: Catalogue, data: DataConfig) -> None:
         self.catalogue = catalogue
+        self.data = data
         self._micro_batches_per_step = 1
-        self._data = data or config.data
         self._config = config
-        self._bucket = Bucket(buckets)
+        self._bucket = Bucket(data.bucket_config)
         self._costs = np.array(
             [
                 clip_flops(
@@ -647,9 +663,9 @@ class PlanCache:
                 micro_batches_per_step=self._micro_batches_per_step,
                 costs=self._costs,
                 balance_window=self._config.train.balance_window,
-                drop_last=self._data.drop_last,
-                shuffle=self._data.shuffle,
-                frame_interval=self._data.frame_interval,
+                drop_last=self.data.drop_last,
+                shuffle=self.data.shuffle,
+                frame_interval=self.data.frame_interval,
             )
         return self._plans[epoch]
 

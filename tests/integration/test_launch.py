@@ -28,7 +28,6 @@ from pathlib import Path
 import pytest
 
 from opensora import records
-from opensora.cgroups import memory_cgroup
 from opensora.errors import ExitCode
 from opensora.records import EndRecord, Verdict
 from opensora.storage import Storage
@@ -506,32 +505,6 @@ def test_as_pid_1_it_reaps_orphans(start: Start) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- memory
-
-
-@pytest.fixture
-def small_cgroup() -> Iterator[Path]:
-    """A memory cgroup with a limit of 160 MiB."""
-    own = memory_cgroup("self")
-    if own is None:
-        pytest.skip("there are no memory cgroups here")
-    version_1 = (own / "memory.limit_in_bytes").exists()
-    # Version 2 allows children with controllers only below cgroups without processes; the root is the exception.
-    folder = (own if version_1 else Path("/sys/fs/cgroup")) / f"opensora-test-{os.getpid()}"
-    limits = (
-        ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes") if version_1 else ("memory.max", "memory.swap.max")
-    )
-    try:
-        folder.mkdir()
-        (folder / limits[0]).write_text(str(160 * 2**20))
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-        pytest.skip(f"a memory cgroup cannot be made here: {error}")
-    with contextlib.suppress(OSError):  # no swap accounting
-        (folder / limits[1]).write_text(str(160 * 2**20) if version_1 else "0")
-    yield folder
-    wait_until(lambda: not (folder / "cgroup.procs").read_text().strip())
-    folder.rmdir()
 
 
 EATS_MEMORY = """

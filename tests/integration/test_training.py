@@ -9,17 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import STEPS, Run, environment
+from training_runs import STEPS, Run, assert_equal_within, environment
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
-
-
-@pytest.fixture(scope="module")
-def one_rank(catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The truth: one rank that was never interrupted."""
-    run = Run(tmp_path_factory.mktemp("one") / "run", catalogue)
-    run.train(1)
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -27,18 +19,6 @@ def two_ranks(catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = Run(tmp_path_factory.mktemp("two") / "run", catalogue)
     run.train(2)
     return run
-
-
-def assert_equal_within(actual: Run, expected: Run, tolerance: float, *, from_step: int = 1) -> None:
-    wanted = {step: loss for step, loss in expected.losses().items() if step >= from_step}
-    got = actual.losses()
-    assert sorted(wanted) == list(range(from_step, STEPS + 1))
-    for step, loss in wanted.items():
-        assert got[step] == pytest.approx(loss, rel=tolerance), f"loss of step {step}"
-    theirs = expected.weights()
-    for name, tensor in actual.weights().items():
-        difference = float((tensor - theirs[name]).norm() / theirs[name].norm().clamp(min=1e-30))
-        assert difference <= tolerance, f"{name} differs by {difference:.1e}"
 
 
 def test_the_weights_do_change(one_rank: Run) -> None:

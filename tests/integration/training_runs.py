@@ -12,10 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 
+from opensora.checkpoint.manifest import scan_checkpoints
+from opensora.records import EndRecord, Verdict, read_end_records, verdict_path
 from opensora.sampling.video_io import encode_video
+from opensora.storage import Storage
 
 STEPS = 12
 CONFIG = {
@@ -77,6 +81,31 @@ class Run:
         assert done.returncode == expect, done.stderr[-4000:]
         return done
 
+    def train_with(self, event: str, *overrides: str, expect: int, ranks: int = 2, **environ: str) -> str:
+        """Train with an event of `drill_ranks.py`; returns what was said on standard error."""
+        done = subprocess.run(
+            self.command(ranks, *overrides, program=str(Path(__file__).with_name("drill_ranks.py"))),
+            capture_output=True, text=True, timeout=300, check=False,
+            env={**environment(), "OPENSORA_DRILL": event, **environ},
+        )  # fmt: skip
+        assert done.returncode == expect, done.stderr[-4000:]
+        return done.stderr
+
+    def saved_steps(self) -> list[int]:
+        """The steps of all checkpoints; each one is complete and undamaged."""
+        run = Storage(str(self.folder))
+        scan = scan_checkpoints(run)
+        for info in scan.complete:
+            for item in info.manifest.objects:
+                assert run.digest(f"{info.path}/{item.path}") == item.sha256
+        return [info.step for info in scan.complete]
+
+    def end_record(self, attempt: int, rank: int) -> EndRecord:
+        return read_end_records(Storage(str(self.folder)), attempt)[rank]
+
+    def verdict(self, attempt: int) -> Verdict:
+        return Verdict.from_json((self.folder / verdict_path(attempt)).read_bytes())
+
     def train_and_kill(self, ranks: int, *, after_step: int) -> None:
         """SIGKILL the launcher as soon as the checkpoint of a step is complete."""
         manifest = self.folder / f"checkpoints/step-{after_step:08d}"
@@ -105,3 +134,16 @@ class Run:
 
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def assert_equal_within(actual: Run, expected: Run, tolerance: float, *, from_step: int = 1) -> None:
+    """Compare losses step by step, and the exported weights tensor by tensor."""
+    wanted = {step: loss for step, loss in expected.losses().items() if step >= from_step}
+    got = actual.losses()
+    assert sorted(wanted) == list(range(from_step, STEPS + 1))
+    for step, loss in wanted.items():
+        assert got[step] == pytest.approx(loss, rel=tolerance), f"loss of step {step}"
+    theirs = expected.weights()
+    for name, tensor in actual.weights().items():
+        difference = float((tensor - theirs[name]).norm() / theirs[name].norm().clamp(min=1e-30))
+        assert difference <= tolerance, f"{name} differs by {difference:.1e}"

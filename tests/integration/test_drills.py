@@ -1,0 +1,147 @@
+"""Bad days of a run: stopped in every phase, hung, killed, out of memory, superseded, cut off from its data."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from training_runs import STEPS, Run, assert_equal_within, environment
+
+from opensora.quickstart.object_store import ObjectStore
+from opensora.storage import Storage
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+
+
+@pytest.fixture
+def run(catalogue: Path, tmp_path: Path) -> Run:
+    """A run that saves, validates and samples."""
+    settings = [
+        "checkpoint.every_steps=2",
+        f"validation.path={catalogue}", "validation.every_steps=3", "validation.max_batches=2",
+        "samples.every_steps=4", "samples.prompts=[a clip]", "samples.num_sampling_steps=2",
+    ]  # fmt: skip
+    return Run(tmp_path / "run", catalogue, settings)
+
+
+def wait_until(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 200
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("phase", "count", "saved"),
+    [
+        # Four in each step and three in each validation.
+        ("data wait", 4 * 6 + 2 * 3 + 1, 6),  # the first of step 7: not begun, so step 6 is the last
+        ("data wait", 4 * 6 + 2 * 3 + 3, 7),  # in the middle of step 7, which is finished
+        ("forward/backward", 5 * 6 + 2, 7),
+        ("saving", 3, 6),
+        ("validation", 2, 6),
+        ("sampling", 1, 4),
+    ],
+)
+def test_a_stop_in_any_phase_saves_and_exits_75(run: Run, one_rank: Run, phase: str, count: int, saved: int) -> None:
+    said = run.train_with(f"sigterm,{phase},{count},1", expect=75)
+    assert run.saved_steps()[-1] == saved
+    assert f"stopped after step {saved}; the same command continues from there" in said
+    assert [run.end_record(1, rank).code for rank in (0, 1)] == [75, 75]
+    if phase in ("forward/backward", "sampling"):
+        run.train(2)
+        assert_equal_within(run, one_rank, 1e-10)
+
+
+def test_a_stop_during_start_up_has_nothing_to_save(run: Run) -> None:
+    process = subprocess.Popen(run.command(2), env=environment(), stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: (run.folder / "attempts/1/started.json").exists(), process)
+    time.sleep(2)  # the ranks import torch
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    assert run.saved_steps() == []
+
+
+def test_a_stop_while_the_clips_do_not_come_waits_neither_for_them_nor_for_a_deadline(
+    run: Run, catalogue: Path, bucket: str, object_store: ObjectStore, tmp_path: Path
+) -> None:
+    for clip in catalogue.parent.iterdir():
+        Storage(f"s3://{bucket}/clips").write(clip.name, clip.read_bytes())
+    command = run.command(2, f"data.path=s3://{bucket}/clips/clips.csv", "train.steps=1000000", "train.log_every=1")
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+    assert object_store.pid is not None
+    try:
+        wait_until(lambda: run.saved_steps(), process)
+        os.kill(object_store.pid, signal.SIGSTOP)
+        time.sleep(5)  # what was read ahead is used up
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 75, said
+    finally:
+        os.kill(object_store.pid, signal.SIGCONT)
+    assert {run.end_record(1, rank).code for rank in (0, 1)} == {75}
+    assert run.saved_steps()[-1] == run.end_record(1, 0).step
+
+
+def test_a_rank_that_hangs_is_named_before_those_that_wait_for_it(run: Run) -> None:
+    patience = ("watchdog.floor_seconds=6", "watchdog.factor=3", "storage.retry_deadline_seconds=2")
+    said = run.train_with("hang,forward/backward,17,1", *patience, expect=85)
+    assert "rank 1 failed first: stalled (85) in forward/backward at step 4, bucket 144p/17/" in said
+    assert len(run.end_record(1, 1).samples) == 2
+    assert "stand_still_for_ever" in (run.folder / "dumps/attempt-1/rank-1.txt").read_text()
+    run.train(2)
+    assert sorted(run.losses()) == list(range(1, STEPS + 1))
+
+
+def test_a_killed_rank_is_named_and_its_peer_has_lost_it(run: Run) -> None:
+    said = run.train_with("die,forward/backward,17,1", expect=1)
+    assert "rank 1 failed first: failed (1)" in said
+    assert "SIGKILL" in said
+    assert run.end_record(1, 0).code == 84
+    assert run.saved_steps()[-1] == 2
+
+
+def test_a_rank_without_memory_is_86(run: Run, small_cgroup: Path) -> None:
+    said = run.train_with("eat,encode,9,1", expect=86, OPENSORA_DRILL_CGROUP=str(small_cgroup))
+    assert "rank 1 failed first: out of memory (86)" in said
+    assert run.end_record(1, 0).code == 84
+
+
+def test_losing_the_other_machine_is_84(run: Run) -> None:
+    machines = [
+        subprocess.Popen(
+            [*run.command(1)[:3], *node, *run.command(1)[3:]],
+            env={**environment(), "OPENSORA_ATTEMPT": "1"}, stderr=subprocess.PIPE, text=True,
+        )
+        for node in (
+            ["--nnodes", "2", "--node-rank", "0", "--master-addr", "127.0.0.1", "--master-port", "29617"],
+            ["--nnodes", "2", "--node-rank", "1", "--master-addr", "127.0.0.1", "--master-port", "29617"],
+        )
+    ]  # fmt: skip
+    wait_until(run.saved_steps, machines[0])
+    machines[1].kill()
+    machines[1].communicate()
+    _, said = machines[0].communicate(timeout=60)
+    assert machines[0].returncode == 84, said
+    assert "another rank is gone" in said
+
+
+def test_an_older_attempt_ends_with_89_and_the_newer_one_goes_on(run: Run, one_rank: Run) -> None:
+    old = subprocess.Popen(
+        run.command(2, "train.steps=1000000"), env=environment(), stderr=subprocess.PIPE, text=True
+    )  # fmt: skip
+    wait_until(run.saved_steps, old)
+    (run.folder / "attempts/2").mkdir()
+    _, said = old.communicate(timeout=100)
+    assert old.returncode == 89, said
+    assert "is superseded by attempt 2" in said
+    kept = run.saved_steps()[-1]
+    time.sleep(1)
+    assert run.saved_steps()[-1] == kept, "a superseded attempt commits nothing more"
