@@ -219,6 +219,10 @@ class Video(AbstractContextManager["Video"]):
             rate = self._stream.average_rate
             self.fps = float(rate) if rate else UNKNOWN_FPS
             """Average frame rate of the container."""
+            self.height: int = self._stream.height
+            """In pixels, as frames are stored: a rotation that the file asks for is not applied."""
+            self.width: int = self._stream.width
+            """In pixels."""
             self._index: _FrameIndex | None = None
             with self._decoding():
                 try:

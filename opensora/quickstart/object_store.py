@@ -46,9 +46,9 @@ class ObjectStore:
     def __init__(self, folder: Path) -> None:
         self.access_key = "quickstart"
         self.secret_key = secrets.token_hex(16)
-        self.log_path = folder / "weed.log"
+        self._folder = folder.absolute()  # the server has a working folder of its own
+        self.log_path = self._folder / "weed.log"
         """What the server said."""
-        self._folder = folder
         self._ports: dict[str, int] = {}
         self._process: subprocess.Popen[bytes] | None = None
 

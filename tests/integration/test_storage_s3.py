@@ -593,3 +593,10 @@ def finishes_within(seconds: float) -> Iterator[None]:
     yield
     elapsed = time.monotonic() - start
     assert elapsed < seconds, f"took {elapsed:.1f} s"
+
+
+def test_a_store_in_a_relative_folder_keeps_its_data_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with ObjectStore(Path("store")) as store:
+        store.create_bucket("videos")
+    assert any((tmp_path / "store/data").iterdir())

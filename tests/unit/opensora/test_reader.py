@@ -237,6 +237,12 @@ def test_sampling_matches_the_reference_values() -> None:
     assert indices[:9] == [0, 3, 6, 9, 12, 15, 18, 21, 25]
 
 
+def test_a_video_says_how_large_its_frames_are(storage: Storage) -> None:
+    storage.write("clip.mp4", encode(Recipe(), height=36, width=80))
+    with Video(storage, "clip.mp4") as video:
+        assert read(video, [0])[0].shape == (video.height, video.width, 3) == (36, 80, 3)
+
+
 def test_too_few_frames_name_the_file_and_both_numbers(storage: Storage) -> None:
     storage.write("short.mp4", encode(Recipe(), num_frames=10))
     with pytest.raises(DataError, match=r"short\.mp4: has 10 frames, and 11 are needed"):
