@@ -32,7 +32,7 @@ from opensora.config.load import dump_config
 from opensora.config.train import DataConfig, TrainConfig
 from opensora.datasets.bucket import Bucket
 from opensora.datasets.catalogue import Catalogue, load_catalogue
-from opensora.datasets.cost import clip_flops
+from opensora.datasets.cost import shape_costs
 from opensora.datasets.loader import ClipBatch, SkippedClip, StepLoader, StepWork
 from opensora.datasets.plan import Cursor, EpochPlan, build_plan
 from opensora.datasets.reader import ReadingStoppedError
@@ -635,15 +635,7 @@ class PlanCache:
         self._micro_batches_per_step = 1
         self._config = config
         self._bucket = Bucket(data.bucket_config)
-        self._costs = np.array(
-            [
-                clip_flops(
-                    num_frames=shape.num_frames, height=shape.height, width=shape.width, model=config.model,
-                    text_tokens=config.text_encoder.model_max_length,
-                )
-                for shape in self._bucket.entries
-            ]
-        )  # fmt: skip
+        self._costs = shape_costs(self._bucket.entries, config.model, text_tokens=config.text_encoder.model_max_length)
         self._plans: dict[int, EpochPlan] = {}
 
     def use(self, micro_batches_per_step: int) -> None:

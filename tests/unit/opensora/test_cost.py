@@ -10,6 +10,7 @@ from opensora.config.components import STDiT3Config
 from opensora.datasets.bucket import Bucket
 from opensora.datasets.cost import clip_flops, clip_tokens, latent_size, shape_costs
 from opensora.models.stdit.stdit3 import STDiT3
+from opensora.models.vae.codec import VideoCodec
 
 XL = STDiT3Config(type="STDiT3-XL/2")
 
@@ -79,3 +80,9 @@ def test_costs_come_in_the_order_of_the_shapes_and_grow_with_them() -> None:
     by_name = {shape.name: cost for shape, cost in zip(shapes, costs, strict=True)}
     assert by_name["240p/51/0.56"] > by_name["144p/51/0.56"] > by_name["144p/1/0.56"] > 0
     assert (shape_costs(shapes, XL, text_tokens=10) < costs).all()
+
+
+def test_the_cost_model_and_the_codec_agree_on_the_size_of_a_latent() -> None:
+    codec = VideoCodec(channels=4)
+    for num_frames in range(1, 120):
+        assert latent_size(num_frames, 48, 80) == tuple(codec.get_latent_size([num_frames, 48, 80]))
