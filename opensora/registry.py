@@ -62,10 +62,8 @@ MODELS = Registry(
 
 SCHEDULERS = Registry("scheduler", {"rflow": "opensora.schedulers.rf:RFLOW"})
 
-DATASETS = Registry(
-    "dataset",
-    {"VariableVideoTextDataset": "opensora.datasets.catalogue:load_catalogue"},
-)
+DATASETS = Registry("dataset", {})
+"""Data sets that are built by name; none yet. A run reads the clips that its `data` settings describe."""
 
 
 def build_module(module: Any, builder: Registry, **kwargs: Any) -> Any:
