@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from training_runs import CONFIG, Run
 
 import opensora.train
@@ -82,6 +83,7 @@ def state_of(run: Run) -> dict[str, torch.Tensor]:
     state: dict[str, Any] = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in reader.metadata.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
     }
     load_alone(state, reader, ValueLoadPlanner())
     return state
