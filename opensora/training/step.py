@@ -37,7 +37,14 @@ class Scheduler(Protocol):
     """What training needs of a scheduler."""
 
     def training_losses(
-        self, model: Any, x_start: Tensor, model_kwargs: dict[str, Any], **given: Any
+        self,
+        model: Any,
+        x_start: Tensor,
+        model_kwargs: dict[str, Any],
+        *,
+        noise: Tensor,
+        mask: Tensor | None,
+        t: Tensor,
     ) -> dict[str, Tensor]: ...
 
     def timesteps_from_uniform(self, u: Tensor, model_kwargs: dict[str, Any], *, num_latent_frames: int) -> Tensor: ...
