@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -47,7 +48,8 @@ PEAK_TFLOPS = {"H200": 989.5, "H100": 989.5, "H800": 989.5, "A100": 312.0, "A800
 
 
 def known_name(name: str) -> bool:
-    return name in METRICS or f"{name.split('/')[0]}/*" in METRICS
+    family, slash, _ = name.partition("/")
+    return name in METRICS or (bool(slash) and f"{family}/*" in METRICS)
 
 
 def peak_tflops(device: torch.device) -> float | None:
@@ -73,6 +75,8 @@ class MetricsWriter:
     """Writes metrics of rank 0. An unreachable store delays them and never stops the run."""
 
     def __init__(self, run: Storage, *, attempt: int, config: ReportConfig, run_config: Mapping[str, Any]) -> None:
+        # First, since it may fail: what is begun below would be left behind.
+        self._wandb = _start_wandb(run, run_config) if config.wandb else None
         # TensorBoard takes a second to import, and only rank 0 writes it.
         from torch.utils.tensorboard import SummaryWriter
 
@@ -82,7 +86,6 @@ class MetricsWriter:
         self._folder = Path(tempfile.mkdtemp(prefix="opensora-tensorboard-"))
         self._tensorboard = SummaryWriter(str(self._folder), flush_secs=max(1, int(config.flush_seconds / 2)))
         self._uploads = FolderSpool(run, records.TENSORBOARD_PREFIX, self._folder, flush_seconds=config.flush_seconds)
-        self._wandb = _start_wandb(run, run_config) if config.wandb else None
 
     def write(self, step: int, values: Mapping[str, float], *, everywhere: bool) -> None:
         """Log values of a step.
@@ -115,4 +118,7 @@ def _start_wandb(run: Storage, run_config: Mapping[str, Any]) -> Any:
         import wandb  # optional
     except ImportError:
         raise MissingExtraError("report.wandb=true", extra="wandb") from None
-    return wandb.init(project="Open-Sora", name=run.uri.rsplit("/", 1)[-1], config=dict(run_config), resume="allow")
+    # A later attempt continues the curves of the one before: the run's URI says that they belong together.
+    run_id = hashlib.blake2b(run.uri.encode(), digest_size=8).hexdigest()
+    name = run.uri.rsplit("/", 1)[-1]
+    return wandb.init(project="Open-Sora", name=name, id=run_id, config=dict(run_config), resume="allow")
