@@ -120,33 +120,39 @@ class Patience:
         except TransientError as error:
             return self._insist(request, error, deadline_seconds)
         self.was_reached = True
+        self._report_recovery()
         return result
 
     def _insist(self, request: Callable[[], _T], error: TransientError, deadline_seconds: float) -> _T:
-        start = self._clock()
-        recovered = False
         with self._lock:
             self._num_failing += 1
         try:
-            for attempt in itertools.count():
-                self.was_reached |= error.answered
-                left = start + deadline_seconds - self._clock()
-                if left <= 0:
-                    break
-                if attempt:  # a single hiccup is not worth a line
-                    self._report_outage(error, start, deadline_seconds)
-                delay = min(_FIRST_DELAY_SECONDS * 2 ** min(attempt, 10), _LONGEST_DELAY_SECONDS)
-                self._sleep(min(delay * self._random.uniform(0.5, 1.0), left))
-                try:
-                    result = request()
-                except TransientError as again:
-                    error = again
-                else:
-                    self.was_reached = recovered = True
-                    return result
-            raise self._given_up(error, deadline_seconds) from error
+            result = self._retry(request, error, deadline_seconds)
         finally:
-            self._leave(recovered=recovered)
+            with self._lock:
+                self._num_failing -= 1
+        self._report_recovery()
+        return result
+
+    def _retry(self, request: Callable[[], _T], error: TransientError, deadline_seconds: float) -> _T:
+        start = self._clock()
+        for attempt in itertools.count():
+            self.was_reached |= error.answered
+            left = start + deadline_seconds - self._clock()
+            if left <= 0:
+                break
+            if attempt:  # a single hiccup is not worth a line
+                self._report_outage(error, start, deadline_seconds)
+            delay = min(_FIRST_DELAY_SECONDS * 2 ** min(attempt, 10), _LONGEST_DELAY_SECONDS)
+            self._sleep(min(delay * self._random.uniform(0.5, 1.0), left))
+            try:
+                result = request()
+            except TransientError as again:
+                error = again
+            else:
+                self.was_reached = True
+                return result
+        raise self._given_up(error, deadline_seconds) from error
 
     def _report_outage(self, error: TransientError, start: float, deadline_seconds: float) -> None:
         with self._lock:
@@ -159,15 +165,15 @@ class Patience:
             self._store, error.reason, deadline_seconds, doubt,
         )  # fmt: skip
 
-    def _leave(self, *, recovered: bool) -> None:
-        """The last request that was in the outage ends it."""
+    def _report_recovery(self) -> None:
+        """An outage ends with the first answer after which no request is failing; one that gives up ends nothing."""
+        if self._reported_since is None:
+            return
         with self._lock:
-            self._num_failing -= 1
             if self._num_failing or self._reported_since is None:
                 return
             since, self._reported_since = self._reported_since, None
-        if recovered:
-            logger.info("storage at %s answers again after %.0f s", self._store, self._clock() - since)
+        logger.info("storage at %s answers again after %.0f s", self._store, self._clock() - since)
 
     def _given_up(self, error: TransientError, deadline_seconds: float) -> StorageError:
         if self.was_reached:

@@ -210,11 +210,13 @@ class _Uploader:
                 self._upload(storage)
             except (StorageError, OSError) as error:  # OSError: a local file that cannot be read
                 if not self._failed:
+                    # Without the error's hint, which is for those whom it stops.
+                    said = error.message if isinstance(error, StorageError) else error
                     logger.warning(
                         "%s is not stored for now, trying again every %.0f s: %s",
                         self._what,
                         self._flush_seconds,
-                        error,
+                        said,
                     )
                 self._failed = True
                 return False

@@ -246,7 +246,7 @@ class CheckpointManager:
                 delete_checkpoint(self._run, path)
                 logger.info("removed %s", self._run.uri_of(path))
         except OpenSoraError as error:
-            logger.warning("old checkpoints are left where they are: %s", error)
+            logger.warning("old checkpoints are left where they are: %s", error.message)
 
     @contextmanager
     def _translated(self, doing: str) -> Iterator[None]:

@@ -8,7 +8,6 @@ import logging
 import os
 import sys
 import threading
-import time
 import urllib.request
 from dataclasses import asdict, dataclass
 
@@ -55,7 +54,7 @@ class ProgressReporter:
         self._url = url
         self._latest: ProgressState | None = None
         self._changed = threading.Event()
-        self._closing = False
+        self._closing = threading.Event()
         self._bar, self._task = _make_bar(total_steps, first_step)
         self._thread = threading.Thread(target=self._write_latest, name="progress", daemon=True)
         self._thread.start()
@@ -75,7 +74,7 @@ class ProgressReporter:
     def close(self, state: ProgressState, *, timeout_seconds: float = 15.0) -> None:
         """Write the last state, waiting a bounded time for it."""
         self.update(state)
-        self._closing = True
+        self._closing.set()
         self._changed.set()
         self._thread.join(timeout_seconds)
         if self._bar is not None:
@@ -86,7 +85,7 @@ class ProgressReporter:
         while True:
             self._changed.wait()
             self._changed.clear()
-            state, closing = self._latest, self._closing
+            state, closing = self._latest, self._closing.is_set()
             if state is not None:
                 content = json.dumps(asdict(state), indent=1).encode()
                 for target, send in ((records.PROGRESS_PATH, self._write), (self._url, self._push)):
@@ -94,14 +93,14 @@ class ProgressReporter:
                         send(content)
                     except (StorageError, OSError, http.client.HTTPException) as error:
                         if reachable[target]:
-                            logger.warning("progress does not reach %s: %s; training goes on", target, error)
+                            said = error.message if isinstance(error, StorageError) else error
+                            logger.warning("progress does not reach %s: %s; training goes on", target, said)
                         reachable[target] = False
                     else:
                         reachable[target] = True
             if closing and state is self._latest:
                 return
-            if not closing:
-                time.sleep(_WRITE_INTERVAL_SECONDS)
+            self._closing.wait(_WRITE_INTERVAL_SECONDS)
 
     def _write(self, content: bytes) -> None:
         self._run.write(records.PROGRESS_PATH, content)

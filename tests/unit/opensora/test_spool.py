@@ -31,7 +31,7 @@ def outage(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
     def check() -> None:
         if event.is_set():
-            raise StorageUnavailableError("storage at http://store did not answer")
+            raise StorageUnavailableError("storage at http://store did not answer", hint="run it again")
 
     def guarded_write(self: Storage, path: str, data: Data) -> None:
         check()
@@ -142,6 +142,7 @@ def test_an_outage_delays_lines_and_is_reported_once(
         assert spool.flush()
         assert b"".join(stored(storage).values()) == b"".join(b"line %04d\n" % number for number in range(5))
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+    assert "run it again" not in caplog.text, "nothing has ended"
 
 
 def test_an_outage_to_the_end_neither_blocks_nor_raises_and_says_what_is_lost(

@@ -317,6 +317,20 @@ def test_an_outage_shorter_than_the_deadline_is_waited_out_and_reported_once(cap
     assert clock.now < 256, "the last wait is short even after a long outage"
 
 
+def test_an_outage_that_outlasts_some_requests_is_one_outage(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="opensora.s3")
+    clock = Clock()
+    store = patience(clock)
+    for _ in range(3):
+        with pytest.raises(StorageError):
+            store.run(failing_until(clock, 100.0), deadline_seconds=10)
+        clock.sleep(15)
+    clock.sleep(25)
+    assert store.run(failing_until(clock, 100.0), deadline_seconds=10) == "content"
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+    assert "answers again after 100 s" in caplog.messages[1]
+
+
 def test_waits_grow_and_stay_bounded() -> None:
     clock = Clock()
     patience(clock).run(failing_until(clock, 100.0), deadline_seconds=300)
