@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -79,3 +81,58 @@ def test_ema_follows_its_closed_form_and_stands_in_for_the_weights() -> None:
     with ema.in_place_of_weights():
         torch.testing.assert_close(weight.detach(), expected)
     torch.testing.assert_close(weight.detach(), torch.tensor([2.0, 4.0], dtype=torch.float64))
+
+
+def test_averages_restart_from_the_present_weights_and_give_them_back_after_an_error() -> None:
+    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    ema = EMA({"w": weight}, decay=0.9)
+    with torch.no_grad():
+        weight.copy_(torch.tensor([5.0, 6.0]))
+    seen = []
+    with contextlib.suppress(ZeroDivisionError), ema.in_place_of_weights():
+        seen = weight.tolist()
+        raise ZeroDivisionError
+    assert seen == [1.0, 2.0]
+    assert weight.tolist() == [5.0, 6.0]
+    ema.restart()
+    assert ema.tensors()["w"].tolist() == [5.0, 6.0]
+
+
+def test_a_parameter_without_gradient_stays_and_the_others_move() -> None:
+    parameters = {name: torch.nn.Parameter(torch.ones(3)) for name in ("used", "unused")}
+    optimizer = ShardedAdamW(parameters, OptimConfig(weight_decay=0.1))
+    parameters["used"].grad = torch.ones(3)
+    assert optimizer.squared_gradient_norm() == pytest.approx(3.0)
+    optimizer.step(lr=0.1, scale=1.0)
+    assert parameters["unused"].tolist() == [1.0] * 3
+    assert parameters["used"].tolist() == pytest.approx([1 - 0.1 * 0.1 - 0.1] * 3, rel=1e-5)
+
+
+def test_a_rank_whose_shards_are_empty_takes_part() -> None:
+    """More ranks than rows: a rank may hold nothing of any parameter."""
+    parameters = {"w": torch.nn.Parameter(torch.empty(0, 4))}
+    optimizer = ShardedAdamW(parameters, OptimConfig())
+    parameters["w"].grad = torch.empty(0, 4)
+    assert optimizer.squared_gradient_norm() == 0.0
+    optimizer.step(lr=0.1, scale=1.0)
+    assert {name: tuple(tensor.shape) for name, tensor in optimizer.tensors().items()} == {
+        "exp_avg.w": (0, 4),
+        "exp_avg_sq.w": (0, 4),
+    }
+
+
+def test_gradients_are_dropped_without_a_step() -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = ShardedAdamW({"w": weight}, OptimConfig())
+    weight.grad = torch.ones(2)
+    optimizer.zero_grad()
+    assert optimizer.gradients() == []
+    assert weight.tolist() == [1.0, 1.0]
+
+
+def test_warm_up_meets_a_falling_rate_at_its_top() -> None:
+    config = OptimConfig(lr=1.0, warmup_steps=10, schedule="linear")
+    rates = [learning_rate(step, config, total_steps=20) for step in range(20)]
+    assert rates[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
+    assert rates[10:] == pytest.approx([1 - step / 9 for step in range(10)])
+    assert learning_rate(30, config, total_steps=20) == 0.0, "never below the minimum"

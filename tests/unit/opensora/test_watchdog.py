@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from opensora.config.train import WatchdogConfig
 from opensora.errors import DataError, OutOfMemoryError, PeerLostError
-from opensora.training.clock import Clock
+from opensora.training.clock import Clock, Phase
 from opensora.training.failures import translated
 from opensora.training.watchdog import Watchdog
 
@@ -34,6 +36,24 @@ def test_an_error_leaves_the_phase_that_it_happened_in() -> None:
     with pytest.raises(DataError), clock("validation"), clock("data wait"):
         raise DataError("a clip")
     assert clock.phase == "data wait"
+
+
+def test_goodput_is_the_share_of_encoding_computing_and_updating(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("opensora.training.clock.time", SimpleNamespace(monotonic=lambda: now[0]))
+    clock = Clock()
+    durations: dict[Phase, float] = {
+        "data wait": 1, "encode": 2, "forward/backward": 3, "imbalance": 4, "optimiser": 5, "saving": 6,
+        "validation": 7, "sampling": 8,
+    }  # fmt: skip
+    now[0] += 9
+    clock.switch("other")
+    for phase, seconds in durations.items():
+        with clock(phase):
+            now[0] += seconds
+    assert clock.seconds() == {"start-up": 9, "other": 0, **durations}
+    assert clock.elapsed() == 45
+    assert clock.goodput() == pytest.approx((2 + 3 + 5) / 45)
 
 
 def test_a_rank_that_stands_still_is_reported_with_its_phase_and_stacks() -> None:
@@ -87,3 +107,21 @@ def test_only_known_failures_change_their_name(raised: Exception, expected: type
     with pytest.raises(Exception) as caught, translated(" at step 3"):  # noqa: PT011  # the type is what is tested
         raise raised
     assert type(caught.value) is expected
+
+
+def test_a_translated_failure_says_where_and_what_helps_and_keeps_its_cause() -> None:
+    cause = RuntimeError("Connection closed by peer [127.0.0.1]:1234\nC++ frames")
+    with pytest.raises(PeerLostError) as lost, translated(" at step 3"):
+        raise cause
+    assert lost.value.message == "another rank is gone at step 3: Connection closed by peer [127.0.0.1]:1234"
+    assert lost.value.__cause__ is cause
+    with pytest.raises(OutOfMemoryError, match="out of memory at step 3, bucket 144p") as memory:  # noqa: SIM117
+        with translated(" at step 3, bucket 144p"):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    assert "Tried to allocate 2 GiB" in memory.value.message
+    assert "activation_checkpointing=full" in str(memory.value.hint)
+
+
+def test_a_lost_peer_without_a_word_is_still_a_lost_peer() -> None:
+    with pytest.raises(PeerLostError, match="another rank is gone: DistNetworkError"), translated():
+        raise dist.DistNetworkError
