@@ -21,6 +21,8 @@ EVENT, PHASE, COUNT, RANK = os.environ["OPENSORA_DRILL"].split(",")
 
 
 def stand_still_for_ever() -> None:
+    sys.stderr.write("standing still\n")
+    sys.stderr.flush()
     while True:
         time.sleep(60)
 

@@ -100,6 +100,27 @@ def test_a_rank_that_hangs_is_named_before_those_that_wait_for_it(run: Run) -> N
     assert sorted(run.losses()) == list(range(1, STEPS + 1))
 
 
+@pytest.mark.parametrize("deadline", [3, 600], ids=["the deadline", "a second signal"])
+def test_a_step_that_does_not_end_is_given_up(run: Run, deadline: int) -> None:
+    program = str(Path(__file__).with_name("drill_ranks.py"))
+    process = subprocess.Popen(
+        run.command(2, f"checkpoint.stop_deadline_seconds={deadline}", program=program),
+        env={**environment(), "OPENSORA_DRILL": "hang,forward/backward,17,1"}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    assert any("standing still" in line for line in process.stderr)
+    process.send_signal(signal.SIGTERM)
+    if deadline == 600:
+        time.sleep(2)
+        assert process.poll() is None, "the first signal waits for the step"
+        process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    assert "the last complete checkpoint is untouched" in said
+    assert run.end_record(1, 1).phase == "forward/backward"
+    assert run.saved_steps() == [2]
+
+
 def test_a_killed_rank_is_named_and_its_peer_has_lost_it(run: Run) -> None:
     said = run.train_with("die,forward/backward,17,1", expect=1)
     assert "rank 1 failed first: failed (1)" in said

@@ -21,7 +21,7 @@ from opensora.datasets.cache import ClipCache
 from opensora.datasets.catalogue import Catalogue, load_catalogue
 from opensora.datasets.loader import ClipBatch, StepLoader
 from opensora.datasets.plan import Cursor, EpochPlan
-from opensora.datasets.reader import read_clip
+from opensora.datasets.reader import ReadingStoppedError, read_clip
 from opensora.datasets.synthetic import synthetic_clip
 from opensora.datasets.transforms import ClipTransform
 from opensora.errors import DataError, StorageUnavailableError
@@ -297,6 +297,36 @@ def test_closing_in_the_middle_stops_the_threads(catalogue: Catalogue) -> None:
     loader.close()
     loader.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("clip-reader")]
+
+
+def test_only_the_first_batch_of_a_step_may_be_given_up(catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch) -> None:
+    late = threading.Event()
+    original = module._ClipSource.read
+
+    def read(self: Any, row: int, *arguments: Any) -> float:
+        if row != 0:
+            late.wait(5)
+        return original(self, row, *arguments)
+
+    monkeypatch.setattr(module._ClipSource, "read", read)
+    monkeypatch.setattr(module, "_ASK_SECONDS", 0.01)
+    plan = plan_of([(SQUARE, [0]), (SQUARE, [1])], per_step=2)
+    loader = make_loader(catalogue, lambda epoch: plan, num_threads=1)
+    steps = loader.steps(BEGINNING)
+    batches = next(steps).batches(give_up=lambda: True)
+    first = next(batches)
+    threading.Timer(0.2, late.set).start()
+    second = next(batches)
+    assert first is not None
+    assert second is not None, "the second was not waited for"
+    loader.close()
+    late.clear()
+    plan = plan_of([(SQUARE, [1])], per_step=1)
+    steps = loader.steps(BEGINNING)
+    with pytest.raises(ReadingStoppedError):
+        next(next(steps).batches(give_up=lambda: True))
+    late.set()
+    loader.close()
 
 
 def test_waiting_is_counted_and_only_waiting(catalogue: Catalogue) -> None:
