@@ -101,7 +101,7 @@ def test_the_commands_of_the_page_work_in_order(
     assert "attempt 2 continues from the checkpoint of step" in "".join(output.values())
 
     progress = json.loads((tmp_path / "runs/first/progress.json").read_text())
-    assert (progress["phase"], progress["step"], progress["attempt"]) == ("done", 400 // FEWER, 3)
+    assert (progress["phase"], progress["step"], progress["attempt"]) == ("done", 600 // FEWER, 3)
     assert len(list((tmp_path / "runs/first-samples").glob("*.mp4"))) == 7
     assert (tmp_path / "runs/first-samples/sheet.png").is_file()
     assert list((tmp_path / "runs/first/tensorboard").glob("events*"))
