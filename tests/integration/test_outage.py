@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,19 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 STEPS = 20
 SAVED_EVERY = 5
 OUTAGE_SECONDS = 20.0
+
+
+_started: list[subprocess.Popen[bytes]] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running() -> Iterator[None]:
+    """A test that fails takes its launcher with it, and that takes its ranks."""
+    yield
+    while _started:
+        process = _started.pop()
+        process.kill()
+        process.wait()
 
 
 @dataclass
@@ -54,7 +67,9 @@ class Run:
         path.write_text(json.dumps(config))
         launcher = [sys.executable, "-m", "opensora.launch", "--nproc-per-node", "2", "--run-uri", self.uri]
         with open(self.folder / "said.txt", "ab") as said:
-            return subprocess.Popen([*launcher, "opensora.train", str(path)], stderr=said, env=environment())
+            process = subprocess.Popen([*launcher, "opensora.train", str(path)], stderr=said, env=environment())
+        _started.append(process)
+        return process
 
     def said(self) -> str:
         """Standard error of all attempts."""
