@@ -481,7 +481,7 @@ class Launcher:
         rank.end = end
         if end.code == ExitCode.DONE:
             return
-        if any(other.end is None for other in self._ranks):
+        if end.code != ExitCode.STOPPED and any(other.end is None for other in self._ranks):
             logger.info("rank %d: %s", rank.rank, end)
         if end.code == ExitCode.STOPPED:  # the others may be saving still
             seconds = self._config.save_deadline_seconds
@@ -579,7 +579,8 @@ def _launch(config: LaunchConfig, *, scratch: Path, err: Screen) -> Verdict:
         run = Storage(config.run_uri)
         attempt = records.enter_attempt(run, attempt)
         environment[records.RUN_URI] = run.uri
-        logger.info("attempt %d of %s, %d ranks", attempt, run.uri, config.world_size)
+        ranks = "1 rank" if config.world_size == 1 else f"{config.world_size} ranks"
+        logger.info("attempt %d of %s, %s", attempt, run.uri, ranks)
     if attempt is not None:
         environment[records.ATTEMPT] = str(attempt)
     if config.node_rank > 0:

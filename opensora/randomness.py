@@ -12,7 +12,9 @@ from typing import Literal
 
 import numpy as np
 
-Purpose = Literal["frames", "noise", "timestep", "mask", "drop_text", "order", "posterior", "validation", "sample"]
+Purpose = Literal[
+    "frames", "noise", "timestep", "mask", "drop_text", "order", "posterior", "validation", "sample", "drop_path"
+]
 
 
 def rng(seed: int, *, epoch: int, row: int, purpose: Purpose) -> np.random.Generator:

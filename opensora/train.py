@@ -17,7 +17,7 @@ from opensora import records
 from opensora.config.flags import parse_train_command
 from opensora.config.load import load_train_config
 from opensora.config.train import TrainConfig
-from opensora.errors import ExitCode, OpenSoraError
+from opensora.errors import ConfigError, ExitCode, OpenSoraError
 from opensora.storage import Storage
 from opensora.training.control import StopControl
 from opensora.training.position import Position
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_train_config(command.config, command.overrides, flags=command.flags)
         run(config, control=control, position=position)
     except Exception as error:
-        return _report(error, control=control, position=position)
+        return _report(error, position)
     return ExitCode.DONE
 
 
@@ -50,6 +50,7 @@ def run(config: TrainConfig, *, control: StopControl, position: Position) -> Non
         OpenSoraError: what ended the run.
     """
     storage = Storage(config.run_uri, config=config.storage)
+    _check_launcher_has_same_run(storage)
     # torch takes seconds to import; mistakes in the settings are told before.
     from opensora.acceleration.mesh import init_world
     from opensora.sampling.rounds import RoundSampler
@@ -80,10 +81,18 @@ def run(config: TrainConfig, *, control: StopControl, position: Position) -> Non
         world.close()
 
 
-def _report(error: Exception, *, control: StopControl, position: Position) -> int:
+def _check_launcher_has_same_run(run: Storage) -> None:
+    told = os.environ.get(records.RUN_URI)
+    if told is not None and told != run.uri:
+        raise ConfigError(
+            f"run_uri is {run.uri}, but the launcher was given --run-uri {told}",
+            hint="give the same to both: the attempt is numbered, and its logs and end are kept, in the launcher's",
+        )
+
+
+def _report(error: Exception, position: Position) -> int:
     """Say how the rank ended: to a person and to the launcher."""
     record = position.failed(error)
-    code = int(control.exit_code) if record.code == ExitCode.STOPPED else record.code
     if isinstance(error, OpenSoraError):
         console = Console(stderr=True)
         label = "stopped" if record.code == ExitCode.STOPPED else "error"
@@ -93,7 +102,7 @@ def _report(error: Exception, *, control: StopControl, position: Position) -> in
     else:
         logger.error("%s", "\n".join(record.last_words))
     records.write_end_record(record)
-    return code
+    return record.code
 
 
 def _end_stalled(storage: Storage, attempt: int, reason: str, stacks: str, position: Position) -> None:

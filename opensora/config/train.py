@@ -70,7 +70,7 @@ class DataConfig:
     bad_clip: Literal["fail", "skip"] = "fail"
     """What to do about a clip that cannot be read: end the run, or leave it out and count it."""
     max_skips: int = 100
-    """With `bad_clip=skip`: end the run when more different clips than this had to be left out."""
+    """With `bad_clip=skip`: end the run when an attempt had to leave out more different clips than this."""
     num_threads: int = 2
     """Threads per rank that read and decode clips."""
     prefetch_batches: int = 3
@@ -234,7 +234,7 @@ class ValidationConfig:
     num_timesteps: int = 10
     """Evenly spaced times at which each clip's loss is measured."""
     max_batches: int = 50
-    """Micro-batches per validation, over all ranks."""
+    """Micro-batches per validation, over all ranks; rounded up to whole steps."""
 
     def __post_init__(self) -> None:
         if self.every_steps and not self.path:
@@ -314,7 +314,8 @@ class TrainConfig:
     seed: int = 1024
     """Seed of every draw."""
     dtype: DType = "bf16"
-    """Compute type; master weights, gradients' reduction and optimiser are fp32 (fp64 with `fp64`)."""
+    """Compute type; `fp16` samples and does not train. Master weights, reduction of gradients and optimiser are fp32
+    (fp64 with `fp64`)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; `auto` takes a GPU when there is one."""
     model: ModelConfig = field(default_factory=STDiT3Config)
@@ -351,6 +352,10 @@ class TrainConfig:
             raise ConfigError(
                 f"optim.schedule={self.optim.schedule!r} without train.steps: the last step is not known",
                 hint="set train.steps instead of train.epochs",
+            )
+        if self.dtype == "fp16":
+            raise ConfigError(
+                "dtype='fp16': small gradients would vanish, since losses are not scaled", hint="train with dtype=bf16"
             )
         if self.watchdog.floor_seconds <= self.storage.retry_deadline_seconds:
             raise ConfigError(

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from types import FrameType
+from typing import NoReturn
 
 from opensora import records
 from opensora.errors import ExitCode
@@ -26,7 +27,6 @@ class StopControl:
         self._position = position
         self._requested: signal.Signals | None = None
         self._deadline_seconds: float | None = None
-        self._running = False
 
     def install(self) -> None:
         """Take over the signals; call it first thing in the main thread."""
@@ -34,38 +34,29 @@ class StopControl:
             signal.signal(number, self._on_signal)
 
     def start_loop(self, *, deadline_seconds: float) -> None:
-        """From now on there is something to save."""
-        self._running = True
+        """From now on there is something to save, within this time after a signal."""
         self._deadline_seconds = deadline_seconds
 
     @property
     def requested(self) -> bool:
         return self._requested is not None
 
-    @property
-    def exit_code(self) -> ExitCode:
-        """Ctrl-C and a request from a scheduler both save; only the code differs."""
-        return ExitCode.INTERRUPTED if self._requested == signal.SIGINT else ExitCode.STOPPED
-
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        again = self.requested
-        self._requested = self._requested or signal.Signals(number)
-        if again:
-            self._exit("a second signal came")
-        if not self._running:
-            self._exit("nothing to save yet")
-        if self._deadline_seconds is not None:
-            timer = threading.Timer(
-                self._deadline_seconds, self._exit, [f"not saved within {self._deadline_seconds:g} s"]
-            )
-            timer.daemon = True
-            timer.start()
+        if self._requested is not None:
+            self._exit(self._requested, "a second signal came")
+        self._requested = signal.Signals(number)
+        if self._deadline_seconds is None:
+            self._exit(self._requested, "nothing to save yet")
+        why = f"not saved within {self._deadline_seconds:g} s"
+        timer = threading.Timer(self._deadline_seconds, self._exit, [self._requested, why])
+        timer.daemon = True
+        timer.start()
 
-    def _exit(self, why: str) -> None:
-        name = self._requested.name if self._requested else "stop"
-        message = f"{name} in {self._position.clock.phase}: {why}; the last complete checkpoint is untouched"
-        records.write_end_record(self._position.ended(self.exit_code, reason=name, message=message))
+    def _exit(self, requested: signal.Signals, why: str) -> NoReturn:
+        code = ExitCode.INTERRUPTED if requested == signal.SIGINT else ExitCode.STOPPED
+        message = f"{requested.name} in {self._position.clock.phase}: {why}; the last complete checkpoint is untouched"
+        records.write_end_record(self._position.ended(code, reason=requested.name, message=message))
         sys.stderr.write(message + "\n")
         sys.stderr.flush()
         # Threads and process groups cannot be ended in order from here, and must not delay the exit.
-        os._exit(int(self.exit_code))
+        os._exit(code)

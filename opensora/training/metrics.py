@@ -37,7 +37,7 @@ METRICS: dict[str, str] = {
     "data_wait_share": "share of the step that this rank waited for clips",
     "imbalance_share": "share of the step that this rank waited for other ranks",
     "memory_gib": "peak memory of the process, or of its GPU",
-    "skipped_clips": "clips left out so far because they could not be read, over all ranks",
+    "skipped_clips": "clips left out so far in this attempt because they could not be read, over all ranks",
     "goodput": "share of the elapsed time spent on encoding, forward, backward and optimiser",
     "seconds/*": "seconds since the start of the attempt by phase; they add up to the elapsed time",
 }

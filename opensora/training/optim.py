@@ -48,6 +48,7 @@ class ShardedAdamW:
             weight_decay=config.weight_decay,
             fused=True,
         )
+        self._num_updates = 0
         # The state exists from the start, so that a checkpoint can be loaded into it in place.
         for shard in self._shards.values():
             self._adamw.state[shard] = {
@@ -77,6 +78,7 @@ class ShardedAdamW:
             self._shards[name].grad = None if parameter.grad is None else local_shard(parameter.grad)
         self._adamw.param_groups[0]["lr"] = lr
         self._adamw.step()
+        self._num_updates += 1
         self.zero_grad()
 
     def zero_grad(self) -> None:
@@ -93,7 +95,13 @@ class ShardedAdamW:
                 tensors[f"{moment}.{name}"] = like_shard(state[moment], parameter)
         return tensors
 
-    def set_step_count(self, steps: int) -> None:
-        """Tell AdamW, whose bias correction depends on it, how many steps were done."""
+    @property
+    def num_updates(self) -> int:
+        """How often the weights were updated, on which AdamW's bias correction depends."""
+        return self._num_updates
+
+    @num_updates.setter
+    def num_updates(self, count: int) -> None:
+        self._num_updates = count
         for shard in self._shards.values():
-            self._adamw.state[shard]["step"].fill_(steps)
+            self._adamw.state[shard]["step"].fill_(count)

@@ -62,6 +62,8 @@ class Example:
     """[B]"""
     mask: Tensor | None
     """bool [B, T], True where a frame is predicted"""
+    drop_path_seed: int
+    """Of torch's own generator, from which the model draws the layers to leave out."""
     model_kwargs: dict[str, Any]
 
 
@@ -119,7 +121,9 @@ class DiffusionStep:
             ]
             mask = torch.tensor(rows, device=self._device)
             kwargs["x_mask"] = mask
-        return Example(latents, noise, timesteps.to(self._device), mask, kwargs)
+        first_epoch, first_row = keys[0]
+        drop_path = rng(seed, epoch=first_epoch, row=first_row, purpose="drop_path")
+        return Example(latents, noise, timesteps.to(self._device), mask, int(drop_path.integers(2**63)), kwargs)
 
     @torch.no_grad()
     def prepare_validation(self, batch: ClipBatch) -> Example:
@@ -127,10 +131,12 @@ class DiffusionStep:
         latents, kwargs = self._encode(batch)
         generators = [rng(self._config.seed, epoch=0, row=row, purpose="validation") for row in batch.ids]
         noise = self._noise(generators, latents)
-        return Example(latents, noise, torch.zeros(len(batch.ids)), None, kwargs)
+        return Example(latents, noise, torch.zeros(len(batch.ids)), None, 0, kwargs)
 
     def loss(self, example: Example, *, timesteps: Tensor | None = None) -> WeightedLoss:
         """The loss of a micro-batch under `train.loss_weighting`."""
+        if self._config.model.drop_path > 0:
+            torch.manual_seed(example.drop_path_seed)
         terms = self._scheduler.training_losses(
             self._model,
             example.latents,
@@ -151,7 +157,8 @@ class DiffusionStep:
     def idle_loss(self) -> Tensor:
         """Zero, through every parameter: for a rank without work that must take part in its peers' collectives."""
         pt, ph, pw = self._config.model.patch_size
-        latents = torch.zeros((1, self._channels(), pt, ph, pw), device=self._device, dtype=self._dtype)
+        # Of a single patch the model would return a view, on which sharding cannot put its hooks.
+        latents = torch.zeros((1, self._channels(), pt, 2 * ph, 2 * pw), device=self._device, dtype=self._dtype)
         text = self._text_encoder.encode([""])
         output: Tensor = self._model(
             latents,
@@ -160,8 +167,8 @@ class DiffusionStep:
             mask=text.get("mask"),
             x_mask=None if self._masks is None else torch.zeros((1, 1), dtype=torch.bool, device=self._device),
             fps=torch.zeros(1, device=self._device),
-            height=8 * ph,
-            width=8 * pw,
+            height=16 * ph,
+            width=16 * pw,
             drop_text=torch.zeros(1, dtype=torch.bool),
         )
         return output.sum() * 0.0
@@ -186,11 +193,10 @@ class DiffusionStep:
         return latents, kwargs
 
     def _noise(self, generators: list[np.random.Generator], latents: Tensor) -> Tensor:
-        # Drawn on the CPU whatever the device, so that both train alike.
-        kind = np.float64 if self._dtype == torch.float64 else np.float32
+        # Drawn on the CPU and in fp32 whatever the device and type, so that all train alike.
         shape = tuple(latents.shape[1:])
-        draws = [torch.from_numpy(generator.standard_normal(shape, dtype=kind)) for generator in generators]
-        return torch.stack(draws).to(self._device)
+        draws = [torch.from_numpy(generator.standard_normal(shape, dtype=np.float32)) for generator in generators]
+        return torch.stack(draws).to(self._device, self._dtype)
 
 
 def num_tokens(latents: Tensor, patch_size: tuple[int, int, int]) -> int:

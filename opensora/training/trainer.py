@@ -105,6 +105,9 @@ class Trainer:
         self.plans = PlanCache(config, self.catalogue, config.data)
         self.plans(0)  # says now when there is nothing to train on, before anything is written
         self.micro_batches_per_step = self._join_run()
+        self.config = replace(config, train=replace(config.train, micro_batches_per_step=self.micro_batches_per_step))
+        if world.is_main:
+            run.write(records.CONFIG_PATH, dump_config(self.config).encode())
         self.plans.use(self.micro_batches_per_step)
         self.loader = self._make_loader(self.plans, config.data)
         self.held_out = self._plan_validation() if config.validation.every_steps else None
@@ -427,6 +430,7 @@ class Trainer:
         metadata = {
             "step": self.step,
             "cursor": asdict(self.cursor),
+            "updates": self.optimizer.num_updates,
             "micro_batches_per_step": self.micro_batches_per_step,
         }
         with self.clock("saving"), self._translated():
@@ -444,7 +448,7 @@ class Trainer:
             metadata = self.checkpoints.load(info, state)
             self.step = self.saved_step = self._committed = int(metadata["step"])
             self.cursor = Cursor(**metadata["cursor"])
-            self.optimizer.set_step_count(self.step)
+            self.optimizer.num_updates = int(metadata["updates"])
             if self.world.is_main:
                 logger.info("attempt %d continues from the checkpoint of step %d", self.attempt, self.step)
         elif self.config.checkpoint.load is not None:
@@ -472,7 +476,7 @@ class Trainer:
                 self.ema.restart()
         else:
             metadata = other.load(info, state)
-            self.optimizer.set_step_count(int(metadata["step"]))
+            self.optimizer.num_updates = int(metadata["updates"])
         if self.world.is_main:
             logger.info("starting from the checkpoint of step %d of %s", info.step, uri)
 
@@ -586,10 +590,16 @@ class Trainer:
         """Write `run.json` at the first attempt, compare with it later. Returns the micro-batches per step."""
         if self.world.is_main:
             count = self.config.train.micro_batches_per_step or self.world.size * self.config.train.accumulation
+            data = self.config.data
             facts = {
-                "catalogue": self.catalogue.digest,
-                "buckets": json.dumps(self.config.data.bucket_config, sort_keys=True),
                 "seed": self.config.seed,
+                "train.balance_window": self.config.train.balance_window,
+                "data.repeats": data.repeats,
+                "data.frame_interval": data.frame_interval,
+                "data.shuffle": data.shuffle,
+                "data.drop_last": data.drop_last,
+                "data.bucket_config": json.dumps(data.bucket_config, sort_keys=True),
+                "catalogue": self.catalogue.digest,
             }
             mine = {
                 **facts,
@@ -606,7 +616,6 @@ class Trainer:
                 known = json.loads(self.run.read(records.RUN_PATH))
                 self._compare_with_run(facts, known)
                 count = int(known["micro_batches_per_step"])
-            self.run.write(records.CONFIG_PATH, dump_config(self.config).encode())
             return self.world.broadcast(count)
         return self.world.broadcast(0)
 

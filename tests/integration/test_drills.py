@@ -166,3 +166,25 @@ def test_an_older_attempt_ends_with_89_and_the_newer_one_goes_on(run: Run, one_r
     kept = run.saved_steps()[-1]
     time.sleep(1)
     assert run.saved_steps()[-1] == kept, "a superseded attempt commits nothing more"
+
+
+def test_ctrl_c_without_a_launcher_saves_and_ends_with_75(run: Run) -> None:
+    command = run.command(1)
+    command = [command[0], "-m", *command[command.index("opensora.train") :]]
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+    wait_until(run.saved_steps, process)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    saved = run.saved_steps()[-1]
+    assert f"stopped after step {saved}; the same command continues from there" in said
+
+
+def test_launcher_and_ranks_must_agree_on_the_run_directory(run: Run, tmp_path: Path) -> None:
+    done = run.train(1, f"run_uri={tmp_path}/other", expect=78)
+    assert f"run_uri is {tmp_path}/other, but the launcher was given --run-uri {run.folder}" in done.stderr
+
+
+def test_what_would_change_the_order_of_samples_is_refused_by_name(one_rank: Run) -> None:
+    done = one_rank.train(1, "data.repeats=5", expect=78)
+    assert "begun with another data.repeats (4, now 5)" in done.stderr

@@ -210,6 +210,7 @@ def test_two_settings_that_exclude_each_other_are_an_error_when_given_together()
         (MINIMAL, ("optim.lr=.nan",), ["optim.lr=nan", "not a finite number"]),
         (MINIMAL, ("data.shuffle=yes",), ["data.shuffle='yes'", "true or false"]),
         (MINIMAL, ("dtype=bf61",), ["dtype='bf61'", "not one of fp64, fp32, bf16, fp16", "did you mean bf16?"]),
+        (MINIMAL, ("dtype=fp16",), ["dtype='fp16'", "small gradients would vanish", "dtype=bf16"]),
         (MINIMAL, ("samples.prompts=cat",), ["samples.prompts='cat'", "list of text", "[cat]"]),
         (MINIMAL, ("optim.betas=[0.9]",), ["optim.betas=[0.9]", "2 items"]),
         (MINIMAL, ("run_uri=null",), ["run_uri=None", "expected text"]),

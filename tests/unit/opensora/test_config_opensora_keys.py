@@ -91,7 +91,7 @@ def test_steps_on_the_command_line_replace_the_epochs_of_the_file(load: Any) -> 
         ("warmup_steps = None", lambda c: c.optim.warmup_steps, 0),
         ("load = 's3://b/run/checkpoints/step-1'", lambda c: c.checkpoint.load, "s3://b/run/checkpoints/step-1"),
         ("wandb = True", lambda c: c.report.wandb, True),
-        ("dtype = 'half'", lambda c: c.dtype, "fp16"),
+        ("dtype = 'float32'", lambda c: c.dtype, "fp32"),
         ("model = dict(type='STDiT3', enable_flashattn=True)", lambda c: c.model.enable_flash_attn, True),
         ("mask_ratios = {'mask_no': 0.75, 'mask_image_head': 0.25}", lambda c: c.train.mask_ratios,
          {"identity": 0.75, "image_head": 0.25}),

@@ -64,7 +64,7 @@ def test_adamw_continues_from_its_tensors_and_step_count() -> None:
     resumed = ShardedAdamW({"w": second}, config)
     for name, tensor in resumed.tensors().items():
         tensor.copy_(begun.tensors()[name])
-    resumed.set_step_count(4)
+    resumed.num_updates = 4
     run(resumed, second, gradients[4:])
     assert torch.equal(whole, second)
 

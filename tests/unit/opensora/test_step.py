@@ -318,3 +318,27 @@ def test_clips_go_through_a_real_codec_and_model() -> None:
         losses.append(float(loss.numerator.detach()))
     assert losses[0] != losses[1]
     assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+def test_the_layers_left_out_follow_from_the_clip_whatever_was_drawn_before() -> None:
+    config = config_for(model={"drop_path": 0.5})
+    torch.manual_seed(0)
+    model = STDiT3(
+        hidden_size=16,
+        depth=4,
+        num_heads=2,
+        in_channels=CHANNELS,
+        caption_channels=8,
+        model_max_length=6,
+        drop_path=0.5,
+    ).double()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    step = step_for(config, model.train())
+    examples = [step.prepare(batch_of([number])) for number in range(3)]
+    first = [step.loss(example).numerator.item() for example in examples]
+    torch.rand(7)
+    again = [step.loss(example).numerator.item() for example in reversed(examples)]
+    assert again[::-1] == first
+    with_all = step_for(config, model.eval())
+    assert all(with_all.loss(example).numerator.item() != loss for example, loss in zip(examples, first, strict=True))
