@@ -91,16 +91,15 @@ class StepWork:
         """The micro-batches in turn; None where not a single clip could be read.
 
         Args:
-            give_up: asked while the first of them is waited for: whether to wait no longer. Ranks that have begun a
-                step together finish it, so the others are always waited for.
+            give_up: asked while one of them is waited for: whether to wait no longer.
 
         Raises:
             ReadingStoppedError: `give_up` said yes.
             DataError: a clip cannot be read and `data.bad_clip` is `fail`, or too many cannot.
             StorageError: the store failed for longer than the retry deadline.
         """
-        for index in range(len(self.micro_batches)):
-            yield self._take(give_up if index == 0 else lambda: False)
+        for _ in self.micro_batches:
+            yield self._take(give_up)
 
 
 @dataclass

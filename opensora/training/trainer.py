@@ -7,7 +7,6 @@ could not be read changes what a step computes.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
@@ -139,6 +138,7 @@ class Trainer:
         self.step = 0
         self.cursor = Cursor(epoch=0, step=0)
         self.num_skipped = 0
+        self.gave_up_waiting = False
         self.skips: PartSpool | None = None
         self.saved_step: int | None = None
         self._ticket: SaveTicket | None = None
@@ -235,22 +235,28 @@ class Trainer:
         denominator, samples, tokens = 0.0, 0, 0
         for slot, batch in enumerate(self._batches(work, slots, self.catalogue)):
             if slot == 0:
-                self._agree_to_go_on()
-            self._synchronise_gradients(shards_weights or slot == slots - 1)
+                self._agree_to_go_on(not self.control.requested)
+            last = slot == slots - 1
+            self._synchronise_gradients(shards_weights or last)
             if batch is None:
                 with self.clock("forward/backward"), self._translated():
-                    self.diffusion.idle_loss().backward()  # type: ignore[no-untyped-call]
-                continue
-            with self.clock("encode"), self._translated():
-                example = self.diffusion.prepare(batch)
+                    backward = self.diffusion.idle_loss().backward
+            else:
+                with self.clock("encode"), self._translated():
+                    example = self.diffusion.prepare(batch)
+                with self.clock("forward/backward"), self._translated():
+                    loss = self.diffusion.loss(example)
+                    backward = loss.numerator.backward
+                numerators.append(loss.numerator.detach())
+                seen.append(batch)
+                denominator += loss.denominator
+                samples += len(batch.ids)
+                tokens += len(batch.ids) * num_tokens(example.latents, self.config.model.patch_size)
+            if last and work.num_slots > 1:
+                # The last moment at which all ranks can still leave the step together.
+                self._agree_to_go_on(not self.gave_up_waiting)
             with self.clock("forward/backward"), self._translated():
-                loss = self.diffusion.loss(example)
-                loss.numerator.backward()  # type: ignore[no-untyped-call]
-            numerators.append(loss.numerator.detach())
-            seen.append(batch)
-            denominator += loss.denominator
-            samples += len(batch.ids)
-            tokens += len(batch.ids) * num_tokens(example.latents, self.config.model.patch_size)
+                backward()  # type: ignore[no-untyped-call]
         self.position.set_clips(None)
         with self.clock("forward/backward"):
             numerator = float(torch.stack(numerators).double().sum()) if numerators else 0.0
@@ -294,15 +300,18 @@ class Trainer:
         return StepResult(loss, norm, lr, int(samples), int(tokens))
 
     def _batches(self, work: StepWork, slots: int, catalogue: Catalogue) -> Iterator[ClipBatch | None]:
-        """One batch for each slot; None where there is none, and once a stop was asked for before the first came."""
+        """One batch for each slot; None where there is none, and once a stop was asked for while one was waited for."""
         batches = work.batches(give_up=lambda: self.control.requested)
         for slot in range(slots):
             batch = None
             if slot < len(work.micro_batches):
                 planned = work.micro_batches[slot]
                 self.position.set_clips(planned.shape.name, [catalogue.row_path(int(row)) for row in planned.rows])
-                with self.clock("data wait"), contextlib.suppress(ReadingStoppedError):
-                    batch = next(batches, None)
+                with self.clock("data wait"):
+                    try:
+                        batch = next(batches, None)
+                    except ReadingStoppedError:
+                        self.gave_up_waiting = True
             yield batch
 
     def _synchronise_gradients(self, wanted: bool) -> None:
@@ -310,16 +319,17 @@ class Trainer:
             module.set_requires_gradient_sync(wanted, recurse=False)
             module.set_reshard_after_backward(wanted, recurse=False)
 
-    def _agree_to_go_on(self) -> None:
-        """Before a step's first collective: stop when any rank was asked to. All ranks take the same decision."""
+    def _agree_to_go_on(self, willing: bool) -> None:
+        """Go on with the step only if all ranks are willing; else stop, all of them, with the last step's state."""
         with self.clock("imbalance"), self._translated():
-            stop = self.world.any(self.control.requested)
+            stop = self.world.any(not willing)
         if stop:
             self._stop()
 
     def _stop(self) -> None:
         self.position.step = self.step
         self.position.set_clips(None)
+        free_gathered_weights(self.model)
         if self.saved_step != self.step and self.step > 0:
             self._save()
         with self.clock("saving"):
