@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,27 @@ def run(catalogue: Path, tmp_path: Path) -> Run:
         "samples.every_steps=4", "samples.prompts=[a clip]", "samples.num_sampling_steps=2",
     ]  # fmt: skip
     return Run(tmp_path / "run", catalogue, settings)
+
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts a command; a test that fails leaves none running."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run(command: list[str], **environ: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(command, env={**environment(), **environ}, stderr=subprocess.PIPE, text=True)
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        process.kill()
+        process.wait()
+        if process.stderr is not None:
+            process.stderr.close()
 
 
 def wait_until(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
@@ -62,8 +84,8 @@ def test_a_stop_in_any_phase_saves_and_exits_75(
         assert_equal_within(run, one_rank, 1e-10)
 
 
-def test_a_stop_during_start_up_has_nothing_to_save(run: Run) -> None:
-    process = subprocess.Popen(run.command(2), env=environment(), stderr=subprocess.PIPE, text=True)
+def test_a_stop_during_start_up_has_nothing_to_save(run: Run, start: Start) -> None:
+    process = start(run.command(2))
     wait_until(lambda: (run.folder / "attempts/1/started.json").exists(), process)
     time.sleep(2)  # the ranks import torch
     process.send_signal(signal.SIGTERM)
@@ -74,13 +96,13 @@ def test_a_stop_during_start_up_has_nothing_to_save(run: Run) -> None:
 
 @pytest.mark.parametrize("sharding", ["zero2", "zero3"])
 def test_a_stop_while_the_clips_do_not_come_waits_neither_for_them_nor_for_a_deadline(
-    sharding: str, run: Run, catalogue: Path, bucket: str, object_store: ObjectStore, tmp_path: Path
+    sharding: str, run: Run, start: Start, catalogue: Path, bucket: str, object_store: ObjectStore, tmp_path: Path
 ) -> None:
     for clip in catalogue.parent.iterdir():
         Storage(f"s3://{bucket}/clips").write(clip.name, clip.read_bytes())
     settings = (f"data.path=s3://{bucket}/clips/clips.csv", "train.steps=1000000", f"parallel.sharding={sharding}")
     command = run.command(2, *settings)
-    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+    process = start(command)
     assert object_store.pid is not None
     try:
         wait_until(lambda: run.saved_steps(), process)
@@ -106,12 +128,10 @@ def test_a_rank_that_hangs_is_named_before_those_that_wait_for_it(run: Run) -> N
 
 
 @pytest.mark.parametrize("deadline", [3, 600], ids=["the deadline", "a second signal"])
-def test_a_step_that_does_not_end_is_given_up(run: Run, deadline: int) -> None:
+def test_a_step_that_does_not_end_is_given_up(run: Run, start: Start, deadline: int) -> None:
     program = str(Path(__file__).with_name("drill_ranks.py"))
-    process = subprocess.Popen(
-        run.command(2, f"checkpoint.stop_deadline_seconds={deadline}", program=program),
-        env={**environment(), "OPENSORA_DRILL": "hang,forward/backward,31,1"}, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    command = run.command(2, f"checkpoint.stop_deadline_seconds={deadline}", program=program)
+    process = start(command, OPENSORA_DRILL="hang,forward/backward,31,1")
     assert process.stderr is not None
     assert any("standing still" in line for line in process.stderr)
     process.send_signal(signal.SIGTERM)
@@ -140,17 +160,24 @@ def test_a_rank_without_memory_is_86(run: Run, small_cgroup: Path) -> None:
     assert run.end_record(1, 0).code == 84
 
 
-def test_losing_the_other_machine_is_84(run: Run) -> None:
+def test_losing_the_other_machine_is_84(run: Run, start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = run.command(1)
     machines = [
-        subprocess.Popen(
-            [*run.command(1)[:3], *node, *run.command(1)[3:]],
-            env={**environment(), "OPENSORA_ATTEMPT": "1"}, stderr=subprocess.PIPE, text=True,
+        start(
+            [
+                *command[:3],
+                "--nnodes=2",
+                f"--node-rank={node}",
+                "--master-addr=127.0.0.1",
+                f"--master-port={port}",
+                *command[3:],
+            ],
+            OPENSORA_ATTEMPT="1",
         )
-        for node in (
-            ["--nnodes", "2", "--node-rank", "0", "--master-addr", "127.0.0.1", "--master-port", "29617"],
-            ["--nnodes", "2", "--node-rank", "1", "--master-addr", "127.0.0.1", "--master-port", "29617"],
-        )
-    ]  # fmt: skip
+        for node in range(2)
+    ]
     wait_until(run.saved_steps, machines[0])
     machines[1].kill()
     machines[1].communicate()
@@ -159,10 +186,8 @@ def test_losing_the_other_machine_is_84(run: Run) -> None:
     assert "another rank is gone" in said
 
 
-def test_an_older_attempt_ends_with_89_and_the_newer_one_goes_on(run: Run, one_rank: Run) -> None:
-    old = subprocess.Popen(
-        run.command(2, "train.steps=1000000"), env=environment(), stderr=subprocess.PIPE, text=True
-    )  # fmt: skip
+def test_an_older_attempt_ends_with_89_and_commits_nothing_more(run: Run, start: Start) -> None:
+    old = start(run.command(2, "train.steps=1000000"))
     wait_until(run.saved_steps, old)
     (run.folder / "attempts/2").mkdir()
     _, said = old.communicate(timeout=100)
@@ -173,10 +198,10 @@ def test_an_older_attempt_ends_with_89_and_the_newer_one_goes_on(run: Run, one_r
     assert run.saved_steps()[-1] == kept, "a superseded attempt commits nothing more"
 
 
-def test_ctrl_c_without_a_launcher_saves_and_ends_with_75(run: Run) -> None:
+def test_ctrl_c_without_a_launcher_saves_and_ends_with_75(run: Run, start: Start) -> None:
     command = run.command(1)
     command = [command[0], "-m", *command[command.index("opensora.train") :]]
-    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+    process = start(command)
     wait_until(run.saved_steps, process)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)

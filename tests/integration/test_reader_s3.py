@@ -61,8 +61,9 @@ def make_loader(uri: str, *, storage: StorageConfig = PATIENT, **data: Any) -> S
 
     def plans(epoch: int) -> EpochPlan:
         return build_plan(
-            catalogue, table, seed=5, epoch=epoch, micro_batches_per_step=PER_STEP, costs=np.ones(len(table.entries))
-        )
+            catalogue, table, seed=5, epoch=epoch, micro_batches_per_step=PER_STEP, costs=np.ones(len(table.entries)),
+            balance_window=1, drop_last=True, shuffle=True, frame_interval=1,
+        )  # fmt: skip
 
     config = DataConfig(path=uri, bucket_config=BUCKETS, **data)
     return StepLoader(catalogue, plans, data=config, seed=5, rank=0, num_ranks=1, storage=storage)
