@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import logging
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, ClassVar
 from uuid import uuid4
 
 import pytest
@@ -145,6 +146,41 @@ def test_an_outage_is_told_once_and_survived(monkeypatch: pytest.MonkeyPatch, ca
         reporter.close(state(5, phase="done"))
     assert run.steps() == [3, 5]
     assert len(caplog.records) == 2, "a second outage is told as well"
+
+
+class Receiver(http.server.BaseHTTPRequestHandler):
+    """Keeps what it is sent."""
+
+    received: ClassVar[list[tuple[str | None, Any]]] = []
+
+    def do_POST(self) -> None:
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        self.received.append((self.headers["Content-Type"], json.loads(content)))
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+def test_progress_is_sent_to_a_url_as_well(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Receiver) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        run = Watched()
+        url = f"http://127.0.0.1:{server.server_port}/progress"
+        reporter = ProgressReporter(run, total_steps=10, first_step=0, url=url)
+        reporter.close(state(7))
+        server.shutdown()
+    assert Receiver.received == [("application/json", run.writes[-1])]
+    assert run.writes[-1]["step"] == 7
+    # Nobody is there any more: that is told once, and progress.json is written all the same.
+    reporter = ProgressReporter(run, total_steps=10, first_step=0, url=url)
+    reporter.update(state(8))
+    run.wait_for_write()
+    reporter.close(state(9))
+    assert run.steps()[-1] == 9
+    assert [f"progress does not reach {url}" in record.message for record in caplog.records] == [True]
 
 
 def test_without_a_terminal_there_is_no_bar(capsys: pytest.CaptureFixture[str]) -> None:
