@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
 import threading
-from types import FrameType
 from typing import NoReturn
 
 from opensora import records
 from opensora.errors import ExitCode
 from opensora.training.position import Position
 
-logger = logging.getLogger(__name__)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopControl:
@@ -29,9 +27,17 @@ class StopControl:
         self._deadline_seconds: float | None = None
 
     def install(self) -> None:
-        """Take over the signals; call it first thing in the main thread."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+        """Take over the signals; call it first thing in the main thread.
+
+        A thread takes the decisions: Python runs handlers in the main thread alone, which may stand in a collective or
+        in the rendezvous and not come back to Python for half an hour.
+        """
+        read_end, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        for number in _SIGNALS:
+            signal.signal(number, lambda number, frame: None)
+        threading.Thread(target=self._listen, args=(read_end,), name="signals", daemon=True).start()
 
     def start_loop(self, *, deadline_seconds: float) -> None:
         """From now on there is something to save, within this time after a signal."""
@@ -41,14 +47,20 @@ class StopControl:
     def requested(self) -> bool:
         return self._requested is not None
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+    def _listen(self, read_end: int) -> None:
+        while True:
+            for number in os.read(read_end, 64):
+                if number in _SIGNALS:
+                    self._take(signal.Signals(number))
+
+    def _take(self, number: signal.Signals) -> None:
         if self._requested is not None:
             self._exit(self._requested, "a second signal came")
-        self._requested = signal.Signals(number)
+        self._requested = number
         if self._deadline_seconds is None:
-            self._exit(self._requested, "nothing to save yet")
+            self._exit(number, "nothing to save yet")
         why = f"not saved within {self._deadline_seconds:g} s"
-        timer = threading.Timer(self._deadline_seconds, self._exit, [self._requested, why])
+        timer = threading.Timer(self._deadline_seconds, self._exit, [number, why])
         timer.daemon = True
         timer.start()
 

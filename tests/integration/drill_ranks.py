@@ -30,6 +30,7 @@ def stand_still_for_ever() -> None:
 def happen() -> None:
     if EVENT == "sigterm":
         os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(1)  # until the launcher has passed it on
     elif EVENT == "hang":
         stand_still_for_ever()
     elif EVENT == "die":

@@ -94,6 +94,24 @@ def test_a_stop_during_start_up_has_nothing_to_save(run: Run, start: Start) -> N
     assert run.saved_steps() == []
 
 
+def test_a_stop_reaches_a_rank_that_waits_for_another_one(run: Run, start: Start) -> None:
+    """It stands in torch's rendezvous, which no Python code interrupts."""
+    command = run.command(2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(100)
+        process = start(
+            [command[0], "-m", *command[command.index("opensora.train") :]],
+            RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(silent.getsockname()[1]),
+        )  # fmt: skip
+        connection, _ = silent.accept()
+        with connection:
+            time.sleep(1)
+            process.send_signal(signal.SIGTERM)
+            _, said = process.communicate(timeout=20)
+    assert process.returncode == 75
+    assert "SIGTERM in start-up: nothing to save yet" in said
+
+
 @pytest.mark.parametrize("sharding", ["zero2", "zero3"])
 def test_a_stop_while_the_clips_do_not_come_waits_neither_for_them_nor_for_a_deadline(
     sharding: str, run: Run, start: Start, catalogue: Path, bucket: str, object_store: ObjectStore, tmp_path: Path
