@@ -18,7 +18,7 @@ import torch
 from training_runs import CONFIG, environment
 
 from opensora.checkpoint import find_checkpoints, read_checkpoint_tensors
-from opensora.checkpoint.manifest import MANIFEST_NAME, scan_checkpoints
+from opensora.checkpoint.manifest import scan_checkpoints
 from opensora.quickstart.object_store import ObjectStore
 from opensora.records import Verdict, metrics_prefix, verdict_path
 from opensora.storage import Storage
@@ -110,14 +110,6 @@ class Run:
                 assert self.storage.digest(f"{info.path}/{item.path}") == item.sha256
         return [info.step for info in scan.complete]
 
-    def is_saving(self) -> bool:
-        """Whether a checkpoint, not the first one, is there in part; or the third, if that was not seen in time."""
-        steps = self.storage.list_names("checkpoints")
-        if len(steps) != 2:
-            return len(steps) > 2
-        names = self.storage.list_names(f"checkpoints/{steps[-1]}/attempt-1")
-        return bool(names) and MANIFEST_NAME not in names
-
     def verdict(self, attempt: int) -> Verdict:
         return Verdict.from_json(self.storage.read(verdict_path(attempt)))
 
@@ -162,7 +154,7 @@ def assert_nothing_lost(run: Run, undisturbed: Run) -> None:
 def assert_told(run: Run, store: ObjectStore) -> None:
     """It is said that the store is away and, with the length, that it is back; nobody speaks of failure."""
     said, store_at = run.said(), re.escape(f"storage at {store.endpoint_url}")
-    assert re.search(rf"\n\[.*\] {store_at} does not answer \(.*\); retrying for up to 300 s", said)
+    assert re.search(rf"\n\[.*\] {store_at} does not answer \(.*\); retrying for up to \d+ s", said)
     seconds = re.findall(rf"\n\[\d.*\] {store_at} answers again after (\d+) s", said)
     assert len(seconds) == 1
     assert int(seconds[0]) >= OUTAGE_SECONDS - 2
@@ -201,11 +193,10 @@ def test_an_outage_while_saving_is_waited_out(
     """The run's directory is in the store, the clips are not: training goes on until the next save."""
     run = Run(str(catalogue), uploaded.replace("clips/clips.csv", "run"), tmp_path)
     process = run.start()
-    run.wait_until(run.is_saving, process)
+    # Two steps before the next save. Said in a local file: asking the store would take longer than these steps.
+    run.wait_until(lambda: "step 8/" in run.said(), process)
     outage(object_store, run, process)
     run.finish(process, expect=0)
-    saves = {int(step): float(seconds) for step, seconds in re.findall(r"saved step (\d+): .* in (\S+) s,", run.said())}
-    assert max(saves.values()) >= OUTAGE_SECONDS - 2
     waited, saving = longest_wait(run.metrics(), "saving")
     assert waited >= OUTAGE_SECONDS / 2
     assert saving >= 0.9 * waited
