@@ -151,10 +151,10 @@ def assert_nothing_lost(run: Run, undisturbed: Run) -> None:
     assert not run.storage.list_names("skipped")
 
 
-def assert_told(run: Run, store: ObjectStore) -> None:
+def assert_told(run: Run, store: ObjectStore, *, patience: str = "300") -> None:
     """It is said that the store is away and, with the length, that it is back; nobody speaks of failure."""
     said, store_at = run.said(), re.escape(f"storage at {store.endpoint_url}")
-    assert re.search(rf"\n\[.*\] {store_at} does not answer \(.*\); retrying for up to \d+ s", said)
+    assert re.search(rf"\n\[.*\] {store_at} does not answer \(.*\); retrying for up to {patience} s", said)
     seconds = re.findall(rf"\n\[\d.*\] {store_at} answers again after (\d+) s", said)
     assert len(seconds) == 1
     assert int(seconds[0]) >= OUTAGE_SECONDS - 2
@@ -197,10 +197,13 @@ def test_an_outage_while_saving_is_waited_out(
     run.wait_until(lambda: "step 8/" in run.said(), process)
     outage(object_store, run, process)
     run.finish(process, expect=0)
+    saves = {int(step): float(seconds) for step, seconds in re.findall(r"saved step (\d+): .* in (\S+) s,", run.said())}
+    assert max(saves.values()) >= OUTAGE_SECONDS - 2
     waited, saving = longest_wait(run.metrics(), "saving")
     assert waited >= OUTAGE_SECONDS / 2
     assert saving >= 0.9 * waited
-    assert_told(run, object_store)
+    # Metrics, which are given up sooner and stored later, may be the first to notice.
+    assert_told(run, object_store, patience="(300|10)")
     assert "is stored again" in run.said()
     assert_nothing_lost(run, undisturbed)
 
