@@ -106,14 +106,19 @@ def test_a_run_killed_while_saving_always_goes_on_from_a_complete_state(
 ) -> None:
     draws = random.Random(0)
     environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    num_partial = 0
-    for attempt in range(1, NUM_KILLS + 1):
+    num_kills = num_partial = 0
+    while num_kills < NUM_KILLS or num_partial < NUM_KILLS // 4:
+        assert num_kills < 5 * NUM_KILLS, "the kills missed the saves, so this shows little"
+        attempt = num_kills = num_kills + 1
         folder = tmp_path / f"attempt-{attempt}"
         folder.mkdir()
         settings = {"attempt": attempt, "environment": environment}
         (pid,) = ranks.start("save_forever", ranks=1, folder=folder, run=run, **settings)
-        wait_until(lambda folder=folder: len(reports(folder, 0)) >= 2)
-        time.sleep(draws.uniform(0, 0.1))
+        # Two saves (each is reported at its start and its end); the second one's length says when a third is under way.
+        wait_until(lambda folder=folder: len(reports(folder, 0)) >= 3)
+        start = time.monotonic()
+        wait_until(lambda folder=folder: len(reports(folder, 0)) >= 4)
+        time.sleep(draws.uniform(0, time.monotonic() - start))
         os.kill(pid, signal.SIGKILL)
         assert ranks.reap(pid) == -signal.SIGKILL, "it ended before it was killed"
         words = [line.split() for line in reports(folder, 0)]
@@ -130,7 +135,6 @@ def test_a_run_killed_while_saving_always_goes_on_from_a_complete_state(
         assert manager.load(newest, state) == {"step": newest.step}
         assert state.pop("step") == newest.step
         assert all(torch.equal(tensor, torch.full((50, 100), float(newest.step))) for tensor in state.values())
-    assert num_partial >= NUM_KILLS // 4, "the kills missed the saves, so this shows little"
     # Every start but the first could have left something behind; only the last one's leftovers may still be there.
     assert len(scan_checkpoints(run).incomplete) <= 1
 
