@@ -62,8 +62,14 @@ MODELS = Registry(
 
 SCHEDULERS = Registry("scheduler", {"rflow": "opensora.schedulers.rf:RFLOW"})
 
-DATASETS = Registry("dataset", {})
-"""Data sets that are built by name; none yet. A run reads the clips that its `data` settings describe."""
+DATASETS = Registry(
+    "dataset",
+    {
+        "VariableVideoTextDataset": "opensora.datasets.datasets:VariableVideoTextDataset",
+        "VideoTextDataset": "opensora.datasets.datasets:VideoTextDataset",
+    },
+)
+"""For scripts of Open-Sora's kind. A run reads the clips that its `data` settings describe."""
 
 
 def build_module(module: Any, builder: Registry, **kwargs: Any) -> Any:

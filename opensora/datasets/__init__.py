@@ -15,6 +15,9 @@ _ATTRIBUTES = {
     "get_image_size": "opensora.datasets.aspect:get_image_size",
     "get_num_frames": "opensora.datasets.aspect:get_num_frames",
     "get_num_pixels": "opensora.datasets.aspect:get_num_pixels",
+    "VariableVideoTextDataset": "opensora.datasets.datasets:VariableVideoTextDataset",
+    "VideoTextDataset": "opensora.datasets.datasets:VideoTextDataset",
+    "prepare_dataloader": "opensora.datasets.dataloader:prepare_dataloader",
     "read_from_path": "opensora.datasets.reader:read_from_path",
     # Lives above this package; here by name only, as in the registry.
     "save_sample": "opensora.sampling.video_io:save_sample",

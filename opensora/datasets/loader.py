@@ -15,23 +15,17 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from opensora.config.train import DataConfig, StorageConfig
 from opensora.datasets.bucket import BucketShape
-from opensora.datasets.cache import ClipCache
 from opensora.datasets.catalogue import Catalogue
+from opensora.datasets.clip_source import ClipSource
 from opensora.datasets.plan import Cursor, EpochPlan, MicroBatch, deal
-from opensora.datasets.reader import IMAGE_FPS, ReadingStoppedError, Video, is_image, read_image
-from opensora.datasets.transforms import ClipTransform
+from opensora.datasets.reader import ReadingStoppedError
 from opensora.errors import DataError, ObjectNotFoundError
-from opensora.randomness import rng
-from opensora.storage import Storage, locate
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +156,7 @@ class StepLoader:
         self._num_ranks = num_ranks
         self._bad_uris: set[str] = set()
         self._untold: list[SkippedClip] = []
-        self._source = _ClipSource(catalogue, data=data, seed=seed, storage=storage)
+        self._source = ClipSource(catalogue, data=data, seed=seed, storage=storage)
         self._threads: _Threads | None = None
 
     def steps(self, start: Cursor) -> Iterator[StepWork]:
@@ -254,7 +248,7 @@ class StepLoader:
         video = torch.empty(len(micro_batch.rows), 3, shape.num_frames, shape.height, shape.width)
         pixels = video.numpy()
         clips = [
-            threads.submit(partial(self._source.read, int(row), shape, epoch, pixels[at], threads.stopping.is_set))
+            threads.submit(partial(self._source.read, int(row), epoch, pixels[at], threads.stopping.is_set))
             for at, row in enumerate(micro_batch.rows)
         ]
         return _Pending(micro_batch, epoch, video, clips)
@@ -334,72 +328,6 @@ def _await(clip: Future[float], give_up: Callable[[], bool]) -> float:
                 raise
             if give_up():
                 raise ReadingStoppedError("a batch that nobody waits for any more") from None
-
-
-class _ClipSource:
-    """Reads a row of the catalogue. Used by several threads."""
-
-    def __init__(self, catalogue: Catalogue, *, data: DataConfig, seed: int, storage: StorageConfig) -> None:
-        self._catalogue = catalogue
-        self._data = data
-        self._seed = seed
-        self._storage = storage
-        self._cache = None
-        if data.cache_dir is not None:
-            self._cache = ClipCache(Path(data.cache_dir), limit_bytes=int(data.cache_gib * 2**30))
-
-    def read(
-        self, row: int, shape: BucketShape, epoch: int, out: NDArray[np.float32], should_stop: Callable[[], bool]
-    ) -> float:
-        """Fill `out` [3, T, H, W] with a clip; returns the frame rate that the model is told.
-
-        Raises:
-            DataError, ObjectNotFoundError: the clip is bad.
-            StorageError: the store does not answer.
-            ReadingStoppedError: `should_stop` said yes.
-        """
-        if should_stop():
-            raise ReadingStoppedError(self._catalogue.row_path(row))
-        storage, path = locate(self._catalogue.row_path(row), config=self._storage)
-        if self._cache is not None:
-            copy_storage, copy_path = self._cache.find(storage, path)
-            if copy_storage is not storage:
-                try:
-                    return self._read(copy_storage, copy_path, row, shape, epoch, out, should_stop)
-                except ObjectNotFoundError:
-                    logger.debug("the copy of %s was dropped before it was read", storage.uri_of(path))
-                except DataError as error:
-                    raise DataError(f"{storage.uri_of(path)}: {error.message}", hint=error.hint) from error
-        return self._read(storage, path, row, shape, epoch, out, should_stop)
-
-    def _read(
-        self,
-        storage: Storage,
-        path: str,
-        row: int,
-        shape: BucketShape,
-        epoch: int,
-        out: NDArray[np.float32],
-        should_stop: Callable[[], bool],
-    ) -> float:
-        transform = ClipTransform(self._data.transform, height=shape.height, width=shape.width)
-        if is_image(storage.uri_of(path)):
-            if shape.num_frames != 1:
-                raise DataError(
-                    f"{storage.uri_of(path)}: an image, and {shape.num_frames} frames are needed",
-                    hint="images have num_frames=1 in the catalogue",
-                )
-            transform.image(read_image(storage, path), out[:, 0])
-            return IMAGE_FPS
-        draws = rng(self._seed, epoch=epoch, row=int(self._catalogue.ids[row]), purpose="frames")
-        with Video(storage, path, should_stop=should_stop) as video:
-            video.read_sampled(
-                num_frames=shape.num_frames,
-                frame_interval=self._data.frame_interval,
-                rng=draws,
-                sink=lambda at, frame: transform.frame(frame, out[:, at]),
-            )
-            return video.fps // self._data.frame_interval
 
 
 class _Threads:

@@ -17,6 +17,8 @@ import torch
 from opensora.config.train import DataConfig, StorageConfig
 from opensora.datasets.bucket import Bucket
 from opensora.datasets.catalogue import load_catalogue
+from opensora.datasets.dataloader import prepare_dataloader
+from opensora.datasets.datasets import VariableVideoTextDataset
 from opensora.datasets.loader import ClipBatch, StepLoader
 from opensora.datasets.plan import Cursor, EpochPlan, build_plan
 from opensora.datasets.synthetic import synthetic_clip
@@ -182,3 +184,21 @@ def test_copies_on_a_local_disk_give_the_same_clips(folder: Path, uploaded: Stor
     cached = make_loader(uploaded.uri_of("clips.csv"), cache_dir=str(tmp_path / "cache"))
     assert_same(read_steps(cached, 2 * STEPS_PER_EPOCH), expected)
     assert len(list((tmp_path / "cache").iterdir())) == NUM_CLIPS
+
+
+def test_workers_of_a_data_loader_read_from_the_store_what_the_main_process_would(uploaded: Storage) -> None:
+    dataset = VariableVideoTextDataset(uploaded.uri_of("clips.csv"), transform_name="resize_crop")
+    assert dataset["0-17-144-256"]["video"].shape == (3, 17, 144, 256)  # the store is open when the workers begin
+
+    def batches(num_workers: int) -> list[dict[str, Any]]:
+        loader, sampler = prepare_dataloader(
+            dataset, bucket_config={"144p": {17: (1.0, 4)}}, shuffle=True, num_workers=num_workers
+        )
+        sampler.set_epoch(1)
+        return list(loader)
+
+    alone, spread = batches(0), batches(2)
+    assert len(alone) == NUM_CLIPS // 4
+    for mine, theirs in zip(alone, spread, strict=True):
+        assert mine["text"] == theirs["text"]
+        assert torch.equal(mine["video"], theirs["video"])

@@ -301,14 +301,14 @@ def test_closing_in_the_middle_stops_the_threads(catalogue: Catalogue) -> None:
 
 def test_a_batch_that_does_not_come_can_be_given_up(catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch) -> None:
     never = threading.Event()
-    original = module._ClipSource.read
+    original = module.ClipSource.read
 
     def read(self: Any, row: int, *arguments: Any) -> float:
         if row != 0:
             never.wait(5)
         return original(self, row, *arguments)
 
-    monkeypatch.setattr(module._ClipSource, "read", read)
+    monkeypatch.setattr(module.ClipSource, "read", read)
     monkeypatch.setattr(module, "_ASK_SECONDS", 0.01)
     plan = plan_of([(SQUARE, [0]), (SQUARE, [1])], per_step=2)
     loader = make_loader(catalogue, lambda epoch: plan, num_threads=1)
