@@ -2,11 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 Object = dict[str, Any]
 """A Kubernetes object as the API has it."""
+
+
+class Key(NamedTuple):
+    """Names an object of one of our kinds."""
+
+    kind: str
+    namespace: str
+    """Empty for what lives outside namespaces."""
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Child:
+    """What is known of an object that is neither a Job of ours nor a pod: enough to tell whose it is."""
+
+    uid: str
+    owner_uid: str
+    """Of its controller; empty where it has none."""
+    data: Mapping[str, str]
+    """Of a ConfigMap; empty otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What the controller has to look up before it can plan an object, beside its Jobs and pods."""
+
+    objects: tuple[Key, ...] = ()
+    """Of our kinds (a profile, the run to sample from, …). A change of one of them plans this object again."""
+    config_maps: tuple[str, ...] = ()
+    """Users' ConfigMaps in the object's namespace: read again when they are older than a few seconds."""
+    children: tuple[tuple[str, str], ...] = ()
+    """(kind, name): read once and remembered until the next resync."""
+    stuck_pod_seconds: float | None = None
+    """Look at the nodes of pods that have been in deletion for longer than this; None never looks."""
 
 
 @dataclass(frozen=True, kw_only=True)
