@@ -27,6 +27,18 @@ TRAINER = "trainer"
 JOB_INDEX = "batch.kubernetes.io/job-completion-index"
 """Annotation and label of a pod: its index in the Job."""
 
+RESERVED_ENV = (
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "JOB_COMPLETION_INDEX",
+)
+"""Variables that the launcher, torch or Kubernetes set; a user's value would break the rendezvous without a word."""
+RESERVED_ENV_PREFIX = "OPENSORA_"
+
 
 class ExitCode(IntEnum):
     """How a training process ended; the core's table, see docs/reference/exit-codes.md."""
