@@ -20,7 +20,7 @@ State = Literal["Starting", "Training", "Evaluating", "Saving", "Sampling", "Sto
 
 _COMMANDS = ("checkpoint", "dump")
 """Requests with an id, which a run carries out once each."""
-_ID = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9._]{0,61}[A-Za-z0-9])?")
+_ID = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9._]{0,62}[A-Za-z0-9])?")
 _MAX_COUNT = 2**53
 _MAX_NUMBER = 1e300
 
@@ -58,7 +58,7 @@ class ProgressReport:
     """Share of the attempt's time that was spent on training itself, 0 to 1."""
     checkpoint_step: int | None
     """Newest step that was saved completely."""
-    sample_step: int | None
+    samples_step: int | None
     """Newest step whose samples are complete."""
     requests: Mapping[str, str] = field(default_factory=dict)
     """`checkpoint` and `dump` → id of the newest request that is carried out."""
@@ -99,7 +99,7 @@ def parse_report(body: bytes, *, pod_uid: str, received: float) -> ProgressRepor
         eta_seconds=_number(values, "eta_seconds"),
         goodput=min(1.0, _number(values, "goodput") or 0.0),
         checkpoint_step=_count_or_none(values, "checkpoint_step"),
-        sample_step=_count_or_none(values, "sample_step"),
+        samples_step=_count_or_none(values, "samples_step"),
         requests=_ids(values.get("requests")),
         received=received,
         advanced=received,

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 
+from opensora_operator.allowances import Allowances
 from opensora_operator.constants import GROUP
 from opensora_operator.plans import Object
 
@@ -27,6 +28,8 @@ MAX_TOKEN_CHARACTERS = 8192
 _KEEP_SECONDS = 60.0
 _MAX_KEPT = 4096
 _MAX_REVIEWS_AT_ONCE = 8
+_BAD_BURST, _BAD_PER_SECOND = 20, 1.0
+"""How many reviews with a bad end one sender may cause."""
 _KEYS_SECONDS = 3600.0
 _KEYS_RETRY_SECONDS = 60.0
 _LEEWAY_SECONDS = 10.0
@@ -36,6 +39,14 @@ _POD_UID = "authentication.kubernetes.io/pod-uid"
 
 class BadTokenError(Exception):
     """The token is none, is over, or is not of this cluster."""
+
+
+class TooManyBadTokensError(Exception):
+    """The sender has had so many tokens refused that it has to wait."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__("too many tokens of this sender were refused")
+        self.seconds = seconds
 
 
 class WrongAudienceError(Exception):
@@ -76,13 +87,20 @@ class TokenChecker:
         self._reading_keys = asyncio.Lock()
         self._reviewing = asyncio.Semaphore(_MAX_REVIEWS_AT_ONCE)
         self._reviews: dict[bytes, _Review] = {}
+        self._bad = Allowances(burst=_BAD_BURST, per_second=_BAD_PER_SECOND, clock=clock)
 
-    async def identify(self, token: str, *, audience: str) -> PodIdentity:
+    async def identify(self, token: str, *, audience: str, sender: str) -> PodIdentity:
         """The pod of a token.
+
+        Args:
+            token: as it was sent.
+            audience: what it has to be made for.
+            sender: the address that it came from.
 
         Raises:
             BadTokenError: the token is not valid.
             WrongAudienceError: it is not meant for this audience.
+            TooManyBadTokensError: the API server is not asked for this sender any more.
             ConnectionError: the API server does not answer.
         """
         parsed = _parse(token)
@@ -94,7 +112,7 @@ class TokenChecker:
             raise WrongAudienceError(f"the token is not for {audience}")
         keys = await self._cluster_keys(parsed.key_id)
         if keys is None or not keys.know(parsed):
-            return await self._review(token, audience=audience)
+            return await self._review(token, audience=audience, sender=sender)
         keys.check(parsed)
         return _identity(claims)
 
@@ -119,10 +137,12 @@ class TokenChecker:
 
     # ------------------------------------------------------------------------------------ checked by the server
 
-    async def _review(self, token: str, *, audience: str) -> PodIdentity:
+    async def _review(self, token: str, *, audience: str, sender: str) -> PodIdentity:
         digest = hashlib.sha256(f"{audience}\n{token}".encode()).digest()
         review = self._reviews.get(digest)
         if review is None or review.expires <= self._clock():
+            if (seconds := self._bad.seconds_left(sender)) > 0:
+                raise TooManyBadTokensError(seconds)
             async with self._reviewing:
                 status = await self._api.review_token(token, audience=audience)
             review = _Review(expires=self._clock() + _KEEP_SECONDS, result=_result(status, audience=audience))
@@ -130,6 +150,8 @@ class TokenChecker:
             while len(self._reviews) >= _MAX_KEPT:
                 del self._reviews[next(iter(self._reviews))]
             self._reviews[digest] = review
+            if isinstance(review.result, str):
+                self._bad.take(sender)
         if isinstance(review.result, str):
             raise BadTokenError(review.result)
         return review.result
