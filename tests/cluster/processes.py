@@ -79,6 +79,11 @@ class Process:
                 raise StartError(f"{self.name} was not ready after {seconds:.0f} s:\n{self.log_tail()}")
             time.sleep(0.05)
 
+    def wait(self) -> None:
+        """Wait until it has ended by itself."""
+        if self._popen is not None:
+            self._popen.wait()
+
     def terminate(self, seconds: float = 10.0) -> None:
         """Ask it to end, and kill it when that takes longer."""
         if self._popen is None:
