@@ -1,0 +1,1 @@
+"""Single decisions as pure functions, one per file; time is an argument."""
