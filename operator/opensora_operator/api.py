@@ -305,9 +305,6 @@ class Watchdog:
     """No step counts as stalled before this time."""
     heartbeat_seconds: Annotated[int, Bounds(5, 3600)] = 30
     """Rank 0 reports at least this often; three times this without a report is said in the condition `Progressing`."""
-    on_stall: Literal["Dump", "Restart", "Fail"] = "Dump"
-    """What the operator does when the reported step stands still: `Dump` asks for the stacks of the ranks, `Restart`
-    also ends the attempt, `Fail` ends the run. The ranks' own watchdog ends a stalled attempt in any case."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,8 +338,8 @@ class Cleanup:
     The run directory is never touched."""
     attempt_history_limit: Annotated[int, Bounds(0, 10)] = 3
     """Jobs of ended attempts to keep, for their pods' logs."""
-    pod_policy: Literal["KeepAll", "KeepFailed", "DeleteAll"] = "KeepFailed"
-    """Which ended pods stay."""
+    pod_policy: Literal["KeepAll", "KeepFailed", "DeleteAll"] = "KeepAll"
+    """Which ended pods stay when the run is over, until the object is deleted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,8 +348,6 @@ class RestartRequest:
 
     id: Identifier
     """A new id is a new request."""
-    from_step: Count | None = None
-    """Checkpoint to go on from; the newest unless given."""
     exclude_node: NodeName | None = None
     """Node that the run avoids from now on."""
 
@@ -476,6 +471,8 @@ class NodesStatus:
 
     desired: Count = 0
     """Pods that the attempt has."""
+    requested: Count = 0
+    """`spec.nodes` when that number was chosen: it differs where an attempt found no place and `elastic` allows less."""
     placed: Count = 0
     """Pods that have a node."""
     ready: Count = 0
@@ -629,6 +626,8 @@ class TrainingRunStatus:
     """How often the pods were started, also after a suspension."""
     no_progress_attempts: Count = 0
     """Attempts in a row that saved no newer checkpoint."""
+    active_seconds: Count = 0
+    """Time that the attempts that have ended took together: what `deadlines.activeSeconds` is compared with."""
     backoff_until: Time | None = None
     """The next attempt starts no earlier."""
     started_at: Time | None = None
