@@ -472,7 +472,7 @@ class NodesStatus:
     desired: Count = 0
     """Pods that the attempt has."""
     requested: Count = 0
-    """`spec.nodes` when that number was chosen: it differs where an attempt found no place and `elastic` allows less."""
+    """`spec.nodes` when that number was chosen; more than `desired` where an attempt found no place for all."""
     placed: Count = 0
     """Pods that have a node."""
     ready: Count = 0
@@ -563,7 +563,7 @@ class SamplesStatus:
 class AttemptStatus:
     """One attempt: how it ended and because of whom."""
 
-    n: Count
+    number: Count
     """Number of the attempt, from 1."""
     nodes: Count = 0
     """Pods that it had."""
@@ -648,7 +648,7 @@ class TrainingRunStatus:
     """The newest complete checkpoint."""
     samples: SamplesStatus = field(default_factory=SamplesStatus)
     """The newest clips sampled during training."""
-    attempts: Annotated[tuple[AttemptStatus, ...], MaxItems(10), MapKey("n")] = ()
+    attempts: Annotated[tuple[AttemptStatus, ...], MaxItems(10), MapKey("number")] = ()
     """The last attempts, the oldest first."""
     node_failures: Annotated[dict[str, Count], MaxItems(64)] = field(default_factory=dict)
     """How often each node was the first to fail with its hardware."""
