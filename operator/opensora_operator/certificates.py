@@ -96,12 +96,12 @@ class Authorities:
 
     def due_at(self, now: float) -> Authorities:
         """These, with what the time asks for: a successor at half of the life, and its turn near the end."""
-        if self.successor is None:
-            successor = make_authority(now) if now >= self.current.middle else None
-            return Authorities(current=self.current, successor=successor) if successor is not None else self
-        if now >= self.current.ends - RETIRE_SECONDS:
-            return Authorities(current=self.successor).due_at(now)
-        return self
+        successor = self.successor
+        if successor is None and now >= self.current.middle:
+            successor = make_authority(now)
+        if successor is not None and now >= self.current.ends - RETIRE_SECONDS:
+            return Authorities(current=successor).due_at(now)
+        return self if successor is self.successor else Authorities(current=self.current, successor=successor)
 
 
 def make_authority(now: float) -> Authority:
