@@ -1,0 +1,106 @@
+"""Keeps the store true: watches Jobs and pods, and compares everything with the API server now and then.
+
+Our own kinds are watched by kopf (`handlers.py`), which tells of what happens but not of a deletion that happened while
+its watch was cut. The comparison finds that. Jobs and pods are many and change often; here they are watched with a
+label selector, become small views at once, and a deletion that was missed is found with the next list.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable, Iterable
+
+from opensora_operator.cluster import ApiError, Cluster
+from opensora_operator.constants import LABEL_UID
+from opensora_operator.plans import Key
+from opensora_operator.store import Store, place_of
+
+logger = logging.getLogger(__name__)
+
+_FIRST_RETRY_SECONDS = 0.1
+_MAX_RETRY_SECONDS = 15.0
+_QUICK_SECONDS = 1.0
+"""A watch that ends sooner than this and without an event counts as a failure."""
+
+
+class Watching:
+    """The tasks that keep a store true. `concern` hears of each object that has to be looked at again."""
+
+    def __init__(
+        self, cluster: Cluster, store: Store, *, concern: Callable[[Key], None], namespaces: Iterable[str] = ()
+    ) -> None:
+        self._cluster = cluster
+        self._store = store
+        self._concern = concern
+        self._namespaces: tuple[str | None, ...] = tuple(namespaces) or (None,)
+        self.heard_at = time.monotonic()
+        """When the API server last said anything: an event, a bookmark, a list."""
+
+    def heard(self) -> None:
+        """The API server said something."""
+        self.heard_at = time.monotonic()
+
+    async def compare(self, kinds: Iterable[str]) -> None:
+        """List all objects of these kinds, and take what is new, changed or gone. Raises ApiError."""
+        for kind in kinds:
+            for namespace in self._namespaces:
+                await self._list(kind, namespace, labels="")
+
+    def streams(self) -> list[tuple[str, str | None]]:
+        """What `watch` has to be called with, each in a task of its own."""
+        return [(kind, namespace) for kind in ("Job", "Pod") for namespace in self._namespaces]
+
+    async def watch(self, kind: str, namespace: str | None, *, synced: asyncio.Event) -> None:
+        """List and watch the children of our objects, for ever. `synced`: the first list is complete."""
+        version = ""
+        failures = 0
+        while True:
+            started = time.monotonic()
+            retry_seconds = 0.0
+            try:
+                if not version:
+                    version = await self._list(kind, namespace, labels=LABEL_UID)
+                    synced.set()
+                async for event in self._cluster.watch(kind, namespace, version=version, labels=LABEL_UID):
+                    failures = 0
+                    self.heard()
+                    version = event.object["metadata"]["resourceVersion"]
+                    if event.type == "DELETED":
+                        self._tell(self._store.remove(kind, event.object))
+                    elif event.type in ("ADDED", "MODIFIED"):
+                        self._tell(self._store.put(kind, event.object))
+                if time.monotonic() - started > _QUICK_SECONDS:
+                    failures = 0
+                    continue
+            except ApiError as error:
+                retry_seconds = error.retry_seconds
+                if error.code == 410:
+                    version = ""
+                logger.warning("watching %s in %s: %s", kind, namespace or "all namespaces", error)
+            await asyncio.sleep(max(retry_seconds, _retry_seconds(failures)))
+            failures += 1
+
+    async def _list(self, kind: str, namespace: str | None, *, labels: str) -> str:
+        listed = set()
+        version = 0
+        async for items, of_version in self._cluster.list_pages(kind, namespace, labels=labels):
+            version = of_version
+            for item in items:
+                listed.add(place_of(item))
+                self._tell(self._store.put(kind, item))
+        for key in self._store.drop_missing(kind, listed, namespace=namespace, version=version):
+            self._tell(key)
+        self.heard()
+        return str(version)
+
+    def _tell(self, key: Key | None) -> None:
+        if key is not None:
+            self._concern(key)
+
+
+def _retry_seconds(failures: int) -> float:
+    wait = min(_FIRST_RETRY_SECONDS * 2.0 ** min(failures, 16), _MAX_RETRY_SECONDS)
+    return wait * (0.75 + 0.5 * random.random())
