@@ -36,6 +36,8 @@ class Needs:
 
     objects: tuple[Key, ...] = ()
     """Of our kinds (a profile, the run to sample from, …). A change of one of them plans this object again."""
+    default_profile: bool = False
+    """The object names no profile: it takes the default one, of its namespace or else of the cluster."""
     config_maps: tuple[str, ...] = ()
     """Users' ConfigMaps in the object's namespace: read again when they are older than a few seconds."""
     children: tuple[tuple[str, str], ...] = ()

@@ -51,6 +51,7 @@ class Cause:
     exit_code: int | None = None
     rank: int | None = None
     """Global rank; None where only the pod is known."""
+    pod: str | None = None
     node: str | None = None
     time: float | None = None
     step: int | None = None
@@ -92,7 +93,14 @@ def _seen_of(pod: PodView) -> list[tuple[int, float, Cause]]:
         elif pod.disruption.reason in _PREEMPTIONS:
             reason = Reason.PREEMPTED
         message = f"pod {pod.name} on {pod.node or 'no node'}: {pod.disruption.reason}: {pod.disruption.message}"
-        cause = Cause(reason=reason, message=message, exit_code=pod.exit_code, node=pod.node, time=pod.disruption.time)
+        cause = Cause(
+            reason=reason,
+            message=message,
+            exit_code=pod.exit_code,
+            pod=pod.name,
+            node=pod.node,
+            time=pod.disruption.time,
+        )
         found.append((_DISRUPTED, pod.disruption.time, cause))
     if pod.exit_code in (None, ExitCode.DONE):
         return found
@@ -102,7 +110,12 @@ def _seen_of(pod: PodView) -> list[tuple[int, float, Cause]]:
     if pod.end_reason == "OOMKilled":
         message = f"pod {pod.name} exceeded its memory limit and was killed as a whole"
         cause = Cause(
-            reason=Reason.OUT_OF_MEMORY, message=message, exit_code=pod.exit_code, node=pod.node, time=pod.finished_at
+            reason=Reason.OUT_OF_MEMORY,
+            message=message,
+            exit_code=pod.exit_code,
+            pod=pod.name,
+            node=pod.node,
+            time=pod.finished_at,
         )
         return [*found, (_FAILED, time, cause)]
     if pod.deleting_since is not None and pod.exit_code in (137, 143):
@@ -113,6 +126,7 @@ def _seen_of(pod: PodView) -> list[tuple[int, float, Cause]]:
             reason=Reason.DISRUPTED,
             message=f"pod {pod.name} was deleted",
             exit_code=pod.exit_code,
+            pod=pod.name,
             node=pod.node,
             time=pod.deleting_since,
         )
@@ -123,6 +137,7 @@ def _seen_of(pod: PodView) -> list[tuple[int, float, Cause]]:
         reason=_CAUSES.get(pod.exit_code, Reason.WORKER_FAILED),
         message=message[:_MAX_WORDS],
         exit_code=pod.exit_code,
+        pod=pod.name,
         node=pod.node,
         time=pod.finished_at,
         is_certain=pod.exit_code != ExitCode.PEER_LOST,
@@ -148,6 +163,7 @@ def _from_verdict(pod: PodView, verdict: Mapping[str, Any]) -> tuple[int, float,
         message=message[:_MAX_WORDS],
         exit_code=code,
         rank=rank if isinstance(rank, int) else None,
+        pod=pod.name,
         node=pod.node,
         time=time,
         step=step if isinstance(step, int) else None,

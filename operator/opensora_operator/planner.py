@@ -1,0 +1,1039 @@
+"""What to do about a TrainingRun. Pure: everything it knows is in `Observed`, everything it wants is in the `Plan`.
+
+Order of a run's life: accept the spec → create the Job of attempt n → it runs → it ends → write down why, and n + 1 →
+wait until nothing of attempt n runs any more → create the Job of attempt n + 1. Only the write in the middle decides
+anything; all else follows from what is there, so an operator that dies anywhere continues where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from opensora_operator import status as states
+from opensora_operator.api import (
+    AttemptStatus,
+    NodesStatus,
+    ProfileRef,
+    ResolvedStatus,
+    TrainingProfileSpec,
+    TrainingRunSpec,
+    TrainingRunStatus,
+)
+from opensora_operator.constants import GROUP, ExitCode
+from opensora_operator.plans import Action, Child, Create, Delete, Event, FailPod, Key, Needs, Object, Plan, SetSuspend
+from opensora_operator.policies import restart
+from opensora_operator.policies.causes import Cause, cause_of
+from opensora_operator.progress import ProgressReport
+from opensora_operator.reasons import ConditionType, Reason
+from opensora_operator.resources import (
+    CA_KEY,
+    CONFIG_FOLDER,
+    CONFIG_KEY,
+    TOKEN_FOLDER,
+    Platform,
+    Workload,
+    config_map,
+    gang_job,
+    headless_service,
+    isolation,
+    parse_quantity,
+    pod_group,
+)
+from opensora_operator.status import State
+from opensora_operator.topology import placement_of
+from opensora_operator.views import JobView, PodView
+from opensora_operator.wire import WireError, from_wire, to_wire
+
+KIND = "TrainingRun"
+_ATTRIBUTION_SECONDS = 60.0
+"""How long an attempt that has failed may keep its cause to itself while pods of it still end."""
+_LOOK_AGAIN_SECONDS = 30.0
+"""How often something that is missing, and not watched, is looked for."""
+_MAX_ATTEMPTS_SHOWN = 10
+_MAX_MESSAGE = 2000
+_BROKEN_IMAGE = "InvalidImageName"
+_PULLING = ("ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "InspectFailed", "RegistryUnavailable")
+_CONFIG_ERRORS = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
+_STOPPED_ON_PURPOSE = (Reason.STOPPED, Reason.DISRUPTED, Reason.PREEMPTED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observed:
+    """A run and everything around it, at one moment."""
+
+    now: float
+    """Seconds since 1970."""
+    run: Object
+    jobs: tuple[JobView, ...] = ()
+    """By the run's UID, of all attempts."""
+    pods: tuple[PodView, ...] = ()
+    """The same."""
+    children: Mapping[tuple[str, str], Child] = field(default_factory=dict)
+    """(kind, name) → object: ConfigMaps of ours, and what somebody else has under a name that we need."""
+    profile: Object | None = None
+    """The profile that the spec names, or else the default one."""
+    config_maps: Mapping[str, Mapping[str, str] | None] = field(default_factory=dict)
+    """Users' ConfigMaps; None where there is no such object."""
+    batch_search: Object | None = None
+    dead_nodes: frozenset[str] = frozenset()
+    """Nodes that are gone or do not answer."""
+    progress: ProgressReport | None = None
+    """The newest report of the current attempt."""
+    rejected: Mapping[str, str] = field(default_factory=dict)
+    """Name of an object → why the API server refused it."""
+    platform: Platform = field(default_factory=Platform)
+
+
+def job_name(run_name: str, attempt: int) -> str:
+    """The Job of an attempt. No name is ever used twice."""
+    return f"{run_name}-a{attempt}"
+
+
+def needs(run: Object) -> Needs:
+    """What has to be looked up for a run."""
+    try:
+        spec = from_wire(TrainingRunSpec, run.get("spec") or {})
+        status = from_wire(TrainingRunStatus, run.get("status") or {})
+    except WireError:
+        return Needs()
+    if status.phase in states.TERMINAL:
+        return Needs()
+    namespace = run["metadata"]["namespace"]
+    resolved = status.resolved.config_map
+    if resolved is not None:
+        return Needs(children=(("ConfigMap", resolved),), stuck_pod_seconds=float(spec.deadlines.stuck_pod_seconds))
+    objects = []
+    ref = spec.profile_ref
+    if ref is not None:
+        objects.append(Key(ref.kind, namespace if ref.kind == "TrainingProfile" else "", ref.name))
+    if spec.batch_table_ref is not None:
+        objects.append(Key("BatchSearch", namespace, spec.batch_table_ref.name))
+    named = {spec.config.ref.config_map} if spec.config.ref is not None else set()
+    if spec.sampling.prompts_ref is not None:
+        named.add(spec.sampling.prompts_ref.config_map)
+    return Needs(
+        objects=tuple(objects),
+        default_profile=ref is None,
+        config_maps=tuple(sorted(named)),
+        stuck_pod_seconds=float(spec.deadlines.stuck_pod_seconds),
+    )
+
+
+def plan(observed: Observed) -> Plan:
+    """What to do now."""
+    try:
+        run = _Run(observed)
+    except WireError as error:
+        # The schema lets nothing like this through; an object from before a change of the schema may still have it.
+        return _invalid(observed, f"{error}")
+    if run.spec.managed_by not in ("", f"{GROUP}/operator"):
+        return Plan()
+    if run.is_over:
+        return _after_the_end(run)
+    return _decide(run) or _converge(run)
+
+
+class _Run:
+    """A run with what can be read off it."""
+
+    def __init__(self, observed: Observed) -> None:
+        self.observed = observed
+        self.now = observed.now
+        self.object = observed.run
+        self.name: str = observed.run["metadata"]["name"]
+        self.namespace: str = observed.run["metadata"]["namespace"]
+        self.generation: int = observed.run["metadata"].get("generation", 0)
+        self.spec = from_wire(TrainingRunSpec, observed.run.get("spec") or {})
+        self.status = from_wire(TrainingRunStatus, observed.run.get("status") or {})
+        self.attempt = max(1, self.status.attempt)
+
+    @property
+    def is_over(self) -> bool:
+        return self.status.phase in states.TERMINAL
+
+    @cached_property
+    def job(self) -> JobView | None:
+        """The Job of the current attempt."""
+        return self.job_of(self.attempt)
+
+    def job_of(self, attempt: int) -> JobView | None:
+        name = job_name(self.name, attempt)
+        return next((job for job in self.observed.jobs if job.name == name and not job.deleting), None)
+
+    @cached_property
+    def pods(self) -> tuple[PodView, ...]:
+        """The pods of the current attempt."""
+        return tuple(pod for pod in self.observed.pods if pod.attempt == self.attempt)
+
+    @cached_property
+    def earlier_live_pods(self) -> tuple[PodView, ...]:
+        return tuple(pod for pod in self.observed.pods if pod.attempt != self.attempt and pod.is_live)
+
+    @property
+    def queue(self) -> str | None:
+        """The queue that starts the Jobs, decided when the run was accepted."""
+        if self.status.resolved.config_map is not None:
+            return self.status.resolved.queue
+        profile = (self.observed.profile or {}).get("spec") or {}
+        queue: str | None = (profile.get("scheduling") or {}).get("queue")
+        return self.spec.scheduling.queue or queue
+
+    @property
+    def nodes(self) -> int:
+        """Pods of the current attempt."""
+        nodes = self.status.nodes
+        return nodes.desired if nodes.desired and nodes.requested == self.spec.nodes else self.spec.nodes
+
+    @property
+    def is_resized(self) -> bool:
+        """Another number of nodes was asked for since the attempt began."""
+        return self.status.nodes.requested not in (0, self.spec.nodes)
+
+    @property
+    def restart_id(self) -> str | None:
+        """A restart that was asked for and not done."""
+        asked = self.spec.requests.restart
+        return asked.id if asked is not None and asked.id != self.status.requests.restart else None
+
+    @property
+    def wants_pods(self) -> bool:
+        return not self.spec.suspend and not self.spec.requests.stop
+
+    @property
+    def must_stop(self) -> Reason | None:
+        """Why pods that run now shall end."""
+        if self.spec.requests.stop:
+            return Reason.CANCELLED
+        if self.spec.suspend:
+            return Reason.SUSPENDED
+        if self.is_resized:
+            return Reason.RESIZED
+        return Reason.RESTART_REQUESTED if self.restart_id is not None else None
+
+    @cached_property
+    def running_since(self) -> float | None:
+        """When the last pod of the attempt began to run; None while one does not."""
+        condition = states.find(self.status.conditions, ConditionType.RUNNING)
+        if not self.all_running:
+            return None
+        return condition.last_transition_time if condition and condition.status == "True" else self.now
+
+    @cached_property
+    def all_running(self) -> bool:
+        indexes = {pod.index for pod in self.pods if pod.ready or pod.exit_code is not None}
+        return self.job is not None and len(indexes) >= self.job.completions
+
+    @cached_property
+    def report(self) -> ProgressReport | None:
+        report = self.observed.progress
+        return report if report is not None and report.attempt == self.attempt else None
+
+    def record(self) -> AttemptStatus:
+        """The record of the current attempt."""
+        for record in self.status.attempts:
+            if record.number == self.attempt:
+                return record
+        return AttemptStatus(number=self.attempt, nodes=self.nodes, first_step=self.status.checkpoint.latest_step or 0)
+
+
+# ----------------------------------------------------------------------------------------------------------- decisions
+
+
+def _decide(run: _Run) -> Plan | None:
+    """The write that has to come before anything else is done, if there is one."""
+    newest = max((job.attempt for job in run.observed.jobs if not job.deleting), default=0)
+    if newest > run.attempt:
+        # The status was lost or set back; the Jobs are the truth about attempts.
+        return _decision(run, replace(run.status, attempt=newest))
+    job = run.job
+    if job is None:
+        if run.status.job == job_name(run.name, run.attempt):
+            return _job_is_gone(run)
+        if run.spec.requests.stop:
+            return None if run.earlier_live_pods else _over(run, Reason.CANCELLED, "stopped on request", run.status)
+        return _decision(run, _with_restart(run, run.status)) if run.restart_id is not None else None
+    if job.condition("Complete") or job.condition("SuccessCriteriaMet"):
+        return _succeeded(run, job)
+    failed = job.condition("FailureTarget") or job.condition("Failed")
+    if failed is not None:
+        cause = cause_of(job, run.pods)
+        waits_for_more = not cause.is_certain and any(pod.is_live for pod in run.pods)
+        if waits_for_more and run.now - failed.time < _ATTRIBUTION_SECONDS:
+            return None
+        return _attempt_ended(run, _why_it_stopped(run, job, cause))
+    if run.must_stop is not None:
+        return _stopped_on_purpose(run, job)
+    return _deadline(run, job)
+
+
+def _why_it_stopped(run: _Run, job: JobView, cause: Cause) -> Cause:
+    """A Job that was suspended, and whose pods saved and went, did not fail."""
+    if cause.reason not in _STOPPED_ON_PURPOSE:
+        return cause
+    if run.must_stop is not None:
+        return replace(cause, reason=run.must_stop)
+    if job.suspended and run.queue is not None:
+        return replace(cause, reason=Reason.QUEUED, message=f"the queue {run.queue} took its place away")
+    return replace(cause, reason=Reason.SUSPENDED) if job.suspended else cause
+
+
+def _stopped_on_purpose(run: _Run, job: JobView) -> Plan | None:
+    """A Job whose pods are gone because they should be, and that has not failed over it."""
+    reason = run.must_stop
+    if reason is None or not job.suspended or any(pod.is_live for pod in run.pods):
+        return None
+    if reason is Reason.SUSPENDED:
+        return None  # the same Job can go on
+    return _attempt_ended(run, Cause(reason=reason, message=""))
+
+
+def _job_is_gone(run: _Run) -> Plan | None:
+    reason = run.must_stop
+    if reason is None:
+        return _attempt_ended(
+            run, Cause(reason=Reason.JOB_DELETED, message=f"the Job {run.status.job} was deleted by somebody")
+        )
+    if any(pod.is_live for pod in run.pods):
+        return None
+    return _attempt_ended(run, Cause(reason=reason, message=""))
+
+
+def _deadline(run: _Run, job: JobView) -> Plan | None:
+    deadlines = run.spec.deadlines
+    if job.suspended or job.started is None:
+        return None
+    if deadlines.active_seconds and run.status.active_seconds + run.now - job.started > deadlines.active_seconds:
+        message = f"active for longer than deadlines.activeSeconds={deadlines.active_seconds}"
+        return _attempt_ended(run, Cause(reason=Reason.DEADLINE_EXCEEDED, message=message))
+    broken = next((pod for pod in run.pods if pod.waiting_reason == _BROKEN_IMAGE), None)
+    if broken is not None:
+        message = f"pod {broken.name}: {broken.waiting_message or _BROKEN_IMAGE}"
+        return _attempt_ended(run, Cause(reason=Reason.IMAGE_PULL_FAILED, message=message))
+    if run.all_running or run.report is not None or run.now - job.started <= deadlines.startup_seconds:
+        return None
+    waiting = _running_state(run)
+    what = waiting if _scheduled_state(run).status else _scheduled_state(run)
+    message = f"not all pods ran after {deadlines.startup_seconds} s: {what.message or what.reason}"
+    if _fewer_nodes(run) is not None:
+        return _attempt_ended(run, Cause(reason=Reason.NOT_STARTED, message=message))
+    is_image = what.reason is Reason.PULLING_IMAGES
+    reason = Reason.IMAGE_PULL_FAILED if is_image else Reason.STARTUP_DEADLINE_EXCEEDED
+    return _attempt_ended(run, Cause(reason=reason, message=message))
+
+
+def _fewer_nodes(run: _Run) -> int | None:
+    """The next smaller number of nodes that the run can do with."""
+    allowed = run.spec.elastic.allowed_nodes if run.spec.elastic is not None else ()
+    return max((count for count in allowed if count < run.nodes), default=None)
+
+
+def _succeeded(run: _Run, job: JobView) -> Plan:
+    by_rank_zero = run.spec.success_policy == "RankZero"
+    reason = Reason.RANK_ZERO_SUCCEEDED if by_rank_zero else Reason.ALL_RANKS_SUCCEEDED
+    status = _with_report(run, run.status)
+    closed = _closed(run, status, Cause(reason=reason, message="", exit_code=int(ExitCode.DONE)))
+    status = replace(status, attempts=_with_record(status.attempts, closed))
+    if status.progress.total_steps is not None:
+        progress = replace(status.progress, step=status.progress.total_steps, percent=100, eta="0s", eta_seconds=0)
+        status = replace(status, progress=replace(progress, state="Ended"))
+    conditions = {
+        ConditionType.COMPLETE: State(status=True, reason=reason, message=f"attempt {run.attempt} is done"),
+        ConditionType.RUNNING: State(status=False, reason=reason),
+        ConditionType.PROGRESSING: State(status=False, reason=reason),
+        ConditionType.RESTARTING: State(status=False, reason=reason),
+        ConditionType.SUSPENDED: State(status=False, reason=reason),
+    }
+    status = replace(status, ended_at=job.finished or run.now, backoff_until=None)
+    return _decision(run, status, conditions, Event(reason=reason, message=f"attempt {run.attempt} is done"))
+
+
+def _attempt_ended(run: _Run, cause: Cause) -> Plan:
+    """Close the attempt's record; the run is over, or the next attempt has its number."""
+    status = _with_report(run, run.status)
+    record = _closed(run, status, cause)
+    ending = restart.after(cause, record, status, run.spec.restart_policy)
+    started = run.job.started if run.job is not None else record.started_at
+    status = replace(
+        status,
+        attempts=_with_record(status.attempts, record),
+        recent_restarts=ending.recent_restarts,
+        no_progress_attempts=ending.no_progress_attempts,
+        node_failures=dict(ending.node_failures),
+        active_seconds=status.active_seconds + max(0, round(run.now - started)) if started else status.active_seconds,
+    )
+    if cause.reason is Reason.CANCELLED:
+        return _over(run, Reason.CANCELLED, "stopped on request", status)
+    if cause.reason in (Reason.DEADLINE_EXCEEDED, Reason.STARTUP_DEADLINE_EXCEEDED, Reason.IMAGE_PULL_FAILED):
+        return _over(run, cause.reason, cause.message, status)
+    if ending.failed is not None:
+        return _over(run, ending.failed, ending.message, status)
+    status = replace(
+        status,
+        attempt=run.attempt + 1,
+        restarts=status.restarts + (ending.budget == "failures"),
+        disruptions=status.disruptions + (ending.budget == "disruptions"),
+        backoff_until=run.now + ending.backoff_seconds if ending.backoff_seconds else None,
+    )
+    events = []
+    if ending.avoid_node is not None:
+        status = replace(status, avoid_nodes=(*status.avoid_nodes, ending.avoid_node))
+        message = f"node {ending.avoid_node} is avoided from now on: {cause.message}"
+        events.append(Event(reason=Reason.NODE_AVOIDED, message=message, warning=True))
+    if cause.reason is Reason.NOT_STARTED:
+        fewer = _fewer_nodes(run)
+        assert fewer is not None
+        status = replace(status, nodes=replace(status.nodes, desired=fewer, requested=run.spec.nodes))
+        message = f"{run.nodes} nodes were not to be had; going on with {fewer}"
+        events.append(Event(reason=Reason.SCALED_DOWN, message=message, warning=True))
+    else:
+        status = replace(status, nodes=replace(status.nodes, desired=run.nodes, requested=run.spec.nodes))
+    if cause.reason is Reason.RESTART_REQUESTED:
+        status = _with_restart(run, status)
+    message = f"attempt {run.attempt} ended: {cause.message or cause.reason}"
+    is_pause = cause.reason in (Reason.SUSPENDED, Reason.QUEUED)
+    conditions = {
+        ConditionType.RUNNING: State(status=False, reason=cause.reason, message=cause.message),
+        ConditionType.PROGRESSING: State(status=False, reason=cause.reason),
+        ConditionType.RESTARTING: State(status=not is_pause, reason=cause.reason, message=cause.message),
+    }
+    if is_pause:
+        conditions[ConditionType.SUSPENDED] = State(status=True, reason=cause.reason, message=cause.message)
+    else:
+        events.insert(0, Event(reason=cause.reason, message=message, warning=ending.budget != "executions"))
+    return _decision(run, status, conditions, *events)
+
+
+def _with_restart(run: _Run, status: TrainingRunStatus) -> TrainingRunStatus:
+    """The status with the restart that is asked for done: the next attempt starts at once."""
+    asked = run.spec.requests.restart
+    assert asked is not None
+    node = asked.exclude_node
+    if node is not None and node not in status.avoid_nodes and len(status.avoid_nodes) < restart.MAX_AVOIDED:
+        status = replace(status, avoid_nodes=(*status.avoid_nodes, node))
+    return replace(status, requests=replace(status.requests, restart=asked.id), backoff_until=None)
+
+
+def _over(run: _Run, reason: Reason, message: str, status: TrainingRunStatus) -> Plan:
+    """The run has failed, for good."""
+    conditions = {
+        ConditionType.FAILED: State(status=True, reason=reason, message=message),
+        ConditionType.RUNNING: State(status=False, reason=reason),
+        ConditionType.PROGRESSING: State(status=False, reason=reason),
+        ConditionType.RESTARTING: State(status=False, reason=reason),
+        ConditionType.SUSPENDED: State(status=False, reason=reason),
+    }
+    status = replace(
+        status,
+        ended_at=run.now,
+        backoff_until=None,
+        requests=replace(status.requests, stop=run.spec.requests.stop),
+    )
+    event = Event(reason=reason, message=message, warning=reason is not Reason.CANCELLED)
+    return _decision(run, status, conditions, event)
+
+
+def _invalid(observed: Observed, message: str) -> Plan:
+    """A spec that cannot be read at all; its status is told in the few fields that are sure."""
+    conditions = states.set_conditions(
+        (),
+        {ConditionType.ACCEPTED: State(status=False, reason=Reason.INVALID_SPEC, message=message)},
+        now=observed.now,
+        generation=observed.run["metadata"].get("generation", 0),
+    )
+    old = observed.run.get("status") or {}
+    if any(condition.get("message") == message for condition in old.get("conditions", ())):
+        return Plan()
+    new = to_wire(TrainingRunStatus(phase="Pending", conditions=conditions))
+    return Plan(status={**old, **new}, events=(Event(reason=Reason.INVALID_SPEC, message=message, warning=True),))
+
+
+def _decision(
+    run: _Run,
+    status: TrainingRunStatus,
+    conditions: Mapping[ConditionType, State] | None = None,
+    *events: Event,
+) -> Plan:
+    return Plan(status=to_wire(_finished(run, status, conditions or {})), is_decision=True, events=events)
+
+
+def _finished(
+    run: _Run, status: TrainingRunStatus, conditions: Mapping[ConditionType, State], *, has_job: bool = False
+) -> TrainingRunStatus:
+    """The status with its conditions, and the phase that follows from them."""
+    new = states.set_conditions(status.conditions, conditions, now=run.now, generation=run.generation)
+    phase = states.phase_of(new, has_job=has_job)
+    return replace(status, conditions=new, phase=phase, observed_generation=run.generation)
+
+
+def _closed(run: _Run, status: TrainingRunStatus, cause: Cause) -> AttemptStatus:
+    record = run.record()
+    last_step = cause.step if cause.step is not None else status.progress.step
+    return replace(
+        record,
+        ended_at=cause.time or run.now,
+        cause=cause.reason,
+        exit_code=cause.exit_code,
+        rank=cause.rank,
+        pod=cause.pod,
+        node=cause.node or None,
+        last_step=last_step if last_step is not None else record.last_step,
+        checkpoint_step=status.checkpoint.latest_step,
+        message=cause.message[:_MAX_MESSAGE],
+    )
+
+
+def _with_record(records: Sequence[AttemptStatus], record: AttemptStatus) -> tuple[AttemptStatus, ...]:
+    kept = [known for known in records if known.number != record.number]
+    return tuple(sorted([*kept, record], key=lambda known: known.number)[-_MAX_ATTEMPTS_SHOWN:])
+
+
+def _with_report(run: _Run, status: TrainingRunStatus) -> TrainingRunStatus:
+    """The status with what rank 0 has reported."""
+    report = run.report
+    if report is None:
+        return status
+    requests = status.requests
+    return replace(
+        status,
+        progress=states.progress_of(status.progress, report),
+        checkpoint=states.checkpoint_of(status.checkpoint, report, run_uri=run.spec.run_uri),
+        samples=states.samples_of(status.samples, report, run_uri=run.spec.run_uri),
+        requests=replace(
+            requests,
+            checkpoint=report.requests.get("checkpoint", requests.checkpoint),
+            dump=report.requests.get("dump", requests.dump),
+        ),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- convergence
+
+
+def _converge(run: _Run) -> Plan:
+    """Make what is there what should be there, and tell how it is."""
+    actions: list[Action] = []
+    events: list[Event] = []
+    status = _with_report(run, run.status)
+    _remove_stuck_pods(run, actions, events)
+    _stop_earlier_attempts(run, actions)
+    _trim_history(run, actions)
+
+    job, problem, waiting = run.job, None, None
+    job_exists = job is not None
+    if job is not None:
+        _start_or_stop(run, job, actions)
+        if status.resolved.config_map is None and not isinstance(wanted := _wanted(run), State):
+            # The operator died between the Job and the status.
+            actions.append(Create(manifest=wanted.objects[0]))
+            status = _with_new_attempt(run, replace(status, resolved=wanted.resolved))
+    elif run.wants_pods:
+        wanted = _wanted(run)
+        if isinstance(wanted, State):
+            problem = wanted
+        else:
+            status = replace(status, resolved=wanted.resolved)
+            waiting = _why_not_yet(run)
+            if waiting is None:
+                actions += [Create(manifest=manifest) for manifest in wanted.objects]
+                job_exists = True
+                status = _with_new_attempt(run, status)
+                message = f"attempt {run.attempt} with {run.nodes} pods: Job {status.job}"
+                events.append(Event(reason=Reason.ATTEMPT_STARTED, message=message))
+    status = _described(run, status, problem=problem, waiting=waiting, job_exists=job_exists)
+    new, old = to_wire(status), run.object.get("status") or {}
+    return Plan(
+        status=None if new == old else new,
+        is_progress_only=not actions and not events and _decisive(new) == _decisive(old),
+        actions=tuple(actions),
+        events=tuple(events),
+        requeue_seconds=_look_again(run, problem),
+    )
+
+
+def _start_or_stop(run: _Run, job: JobView, actions: list[Action]) -> None:
+    """Suspend or resume the Job. Where a queue decides about that, stopping it means deleting it."""
+    if job.condition("FailureTarget") or job.condition("Failed"):
+        return
+    if run.must_stop is not None:
+        if run.queue is not None:
+            actions.append(Delete(kind="Job", name=job.name, uid=job.uid))
+        elif not job.suspended:
+            actions.append(SetSuspend(name=job.name, uid=job.uid, suspend=True))
+    elif job.suspended and run.queue is None:
+        actions.append(SetSuspend(name=job.name, uid=job.uid, suspend=False))
+
+
+def _stop_earlier_attempts(run: _Run, actions: list[Action]) -> None:
+    """Nothing of an earlier attempt may run beside this one."""
+    ending = set()
+    for job in run.observed.jobs:
+        if job.attempt == run.attempt:
+            continue
+        if job.deleting or any(job.condition(kind) for kind in ("FailureTarget", "Failed", "Complete")):
+            ending.add(job.name)
+        elif job.active or not job.suspended:
+            actions.append(Delete(kind="Job", name=job.name, uid=job.uid))
+            ending.add(job.name)
+    for pod in run.earlier_live_pods:
+        if pod.deleting_since is None and pod.job not in ending:
+            actions.append(Delete(kind="Pod", name=pod.name, uid=pod.uid))
+
+
+def _remove_stuck_pods(run: _Run, actions: list[Action], events: list[Event]) -> None:
+    """Pods that are deleted, on nodes that do not answer, end only if somebody says so for them.
+
+    Their processes may live on: the attempt's number keeps them from committing anything.
+    """
+    patience = run.spec.deadlines.stuck_pod_seconds
+    for pod in run.observed.pods:
+        if pod.deleting_since is None or not pod.is_live or pod.node not in run.observed.dead_nodes:
+            continue
+        if run.now - pod.deleting_since < patience:
+            continue
+        message = f"node {pod.node} does not answer, and the pod was deleted {patience} s ago"
+        actions.append(FailPod(name=pod.name, uid=pod.uid, message=message))
+        actions.append(Delete(kind="Pod", name=pod.name, uid=pod.uid, grace_seconds=0))
+        events.append(
+            Event(reason=Reason.POD_FORCED, message=f"pod {pod.name} is removed by force: {message}", warning=True)
+        )
+
+
+def _trim_history(run: _Run, actions: list[Action]) -> None:
+    oldest = run.attempt - run.spec.cleanup.attempt_history_limit
+    for job in run.observed.jobs:
+        if job.attempt < oldest and not job.deleting:
+            actions.append(Delete(kind="Job", name=job.name, uid=job.uid))
+
+
+def _why_not_yet(run: _Run) -> State | None:
+    """What the next attempt waits for."""
+    if run.earlier_live_pods:
+        names = ", ".join(sorted(pod.name for pod in run.earlier_live_pods)[:8])
+        return State(status=True, reason=Reason.DRAINING_PODS, message=f"still ending: {names}")
+    until = run.status.backoff_until
+    if until is not None and run.now < until:
+        message = f"attempt {run.attempt} starts in {states.duration(until - run.now)} at the latest"
+        return State(status=True, reason=Reason.BACKING_OFF, message=message)
+    return None
+
+
+def _with_new_attempt(run: _Run, status: TrainingRunStatus) -> TrainingRunStatus:
+    record = replace(run.record(), started_at=run.now)
+    return replace(
+        status,
+        attempt=run.attempt,
+        attempts=_with_record(status.attempts, record),
+        executions=status.executions + (run.attempt not in {known.number for known in status.attempts}),
+        job=job_name(run.name, run.attempt),
+        nodes=replace(status.nodes, desired=run.nodes, requested=run.spec.nodes),
+        backoff_until=None,
+    )
+
+
+def _look_again(run: _Run, problem: State | None) -> float | None:
+    """When something happens that no event tells of."""
+    due: list[float] = []
+    if problem is not None:
+        due.append(_LOOK_AGAIN_SECONDS)
+    if run.status.backoff_until is not None:
+        due.append(run.status.backoff_until - run.now)
+    deadlines = run.spec.deadlines
+    for pod in run.observed.pods:
+        if pod.deleting_since is not None and pod.is_live:
+            due.append(pod.deleting_since + deadlines.stuck_pod_seconds - run.now)
+    if run.job is not None and run.job.started is not None and not run.job.suspended:
+        if not run.all_running:
+            due.append(run.job.started + deadlines.startup_seconds - run.now)
+        if deadlines.active_seconds:
+            due.append(run.job.started + deadlines.active_seconds - run.status.active_seconds - run.now)
+        failed = run.job.condition("FailureTarget")
+        if failed is not None:
+            due.append(failed.time + _ATTRIBUTION_SECONDS - run.now)
+    if run.running_since is not None:
+        last = run.report.received if run.report is not None else run.running_since
+        due.append(last + 3 * run.spec.watchdog.heartbeat_seconds - run.now)
+    due = [max(1.0, seconds + 0.5) for seconds in due if seconds > -_LOOK_AGAIN_SECONDS]
+    return min(due, default=None)
+
+
+_CALM_CONDITIONS = frozenset({Reason.STEP_ADVANCING, Reason.EVALUATING, Reason.SAVING_CHECKPOINT, Reason.SAMPLING})
+_PROGRESS_KEYS = ("progress", "checkpoint", "samples", "requests", "observedGeneration")
+
+
+def _decisive(status: Object) -> Object:
+    """A status without what may wait for the next flush."""
+    conditions = [
+        {key: "" if key in ("reason", "message", "observedGeneration") else value for key, value in condition.items()}
+        if condition.get("reason") in _CALM_CONDITIONS
+        else {key: value for key, value in condition.items() if key != "observedGeneration"}
+        for condition in status.get("conditions", ())
+    ]
+    return {**{key: value for key, value in status.items() if key not in _PROGRESS_KEYS}, "conditions": conditions}
+
+
+# -------------------------------------------------------------------------------------------------- what an attempt is
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Wanted:
+    """The objects of the next attempt, in the order in which they are made."""
+
+    objects: tuple[Object, ...]
+    resolved: ResolvedStatus
+
+
+def _wanted(run: _Run) -> _Wanted | State:
+    """The next attempt's objects; or why there can be none."""
+    snapshot = _snapshot(run)
+    if isinstance(snapshot, State):
+        return snapshot
+    profile, image, data, resolved = snapshot
+    procs = resolved.procs_per_node or 1
+    world_size = run.nodes * procs
+    group = run.spec.parallelism.sequence or 1
+    if world_size % group:
+        return _refusal(
+            f"spec.nodes x spec.procsPerNode = {run.nodes} x {procs} ranks do not divide by "
+            f"parallelism.sequence = {group}"
+        )
+    configuration = config_map(run.object, data, component="trainer")
+    placement = placement_of(run.spec, profile, run.object, attempt=run.attempt, nodes=run.nodes, procs=procs)
+    name = job_name(run.name, run.attempt)
+    workload = Workload(
+        owner=run.object,
+        component="trainer",
+        attempt=run.attempt,
+        image=image,
+        profile=profile,
+        template=run.spec.pod_template,
+        command=("python", "-m", "opensora.launch"),
+        args=_arguments(run, data, profile),
+        env=_environment(run, name, procs),
+        config_map=configuration["metadata"]["name"],
+        grace_seconds=run.spec.termination_grace_period_seconds,
+        storage_secret=_first(run.spec.storage.secret_ref, profile.storage.secret_ref, of="name"),
+        endpoint=run.spec.storage.endpoint or profile.storage.endpoint,
+        priority_class=run.spec.scheduling.priority_class_name or profile.scheduling.priority_class_name,
+        service=run.name,
+        avoid_nodes=run.status.avoid_nodes,
+        token_audience=f"{GROUP}/{run.namespace}/{run.name}" if run.observed.platform.progress_url else None,
+        topology=placement.pods,
+    )
+    objects = [configuration, headless_service(run.object)]
+    if run.spec.network.policy == "Isolated":
+        objects.append(isolation(run.object))
+    if placement.pod_group_seconds is not None:
+        seconds = placement.pod_group_seconds
+        objects.append(pod_group(run.object, name, attempt=run.attempt, nodes=run.nodes, timeout_seconds=seconds))
+    rank_zero = run.spec.success_policy == "RankZero"
+    objects.append(gang_job(workload, name, nodes=run.nodes, queue=resolved.queue, rank_zero_decides=rank_zero))
+    taken = _name_taken(run, objects)
+    if taken is not None:
+        return taken
+    for manifest in objects:
+        refusal = run.observed.rejected.get(manifest["metadata"]["name"])
+        if refusal is not None:
+            message = f"{manifest['kind']} {manifest['metadata']['name']}: {refusal}"
+            return State(status=False, reason=Reason.REJECTED, message=message)
+    names = replace(resolved, config_map=configuration["metadata"]["name"], world_size=world_size)
+    return _Wanted(objects=tuple(objects), resolved=names)
+
+
+def _name_taken(run: _Run, objects: Sequence[Object]) -> State | None:
+    for manifest in objects:
+        kind, name = manifest["kind"], manifest["metadata"]["name"]
+        found = run.observed.children.get((kind, name))
+        if found is not None and found.owner_uid != run.object["metadata"]["uid"]:
+            message = f"the {kind} {name} in this namespace does not belong to this run"
+            return State(status=False, reason=Reason.NAME_CONFLICT, message=message)
+    return None
+
+
+_Snapshot = tuple[TrainingProfileSpec, str, dict[str, str], ResolvedStatus]
+
+
+def _snapshot(run: _Run) -> _Snapshot | State:
+    """Profile, image, files of the pods, and what status tells of them: read once, kept in the run's ConfigMap."""
+    kept = run.status.resolved.config_map
+    if kept is None:
+        return _first_snapshot(run)
+    child = run.observed.children.get(("ConfigMap", kept))
+    if child is None:
+        message = f"the ConfigMap {kept} with what this run was started with is gone"
+        return State(status=False, reason=Reason.CONFIG_MISSING, message=message)
+    data = dict(child.data)
+    profile = from_wire(TrainingProfileSpec, json.loads(data["profile.json"]))
+    resolved = run.status.resolved
+    assert resolved.image is not None
+    return profile, resolved.image, _with_authority(run, data), resolved
+
+
+def _first_snapshot(run: _Run) -> _Snapshot | State:
+    spec, observed = run.spec, run.observed
+    profile, source = TrainingProfileSpec(), observed.profile
+    if spec.profile_ref is not None and source is None:
+        message = f"spec.profileRef: there is no {spec.profile_ref.kind} {spec.profile_ref.name}"
+        return State(status=False, reason=Reason.PROFILE_NOT_FOUND, message=message)
+    if source is not None:
+        profile = from_wire(TrainingProfileSpec, source.get("spec") or {})
+    image = spec.image or profile.image
+    if image is None:
+        return _refusal("spec.image is missing, and no profile gives one: name an image")
+    for name, degree in (("tensor", spec.parallelism.tensor), ("pipeline", spec.parallelism.pipeline)):
+        if (degree or 1) > 1:
+            return _refusal(f"spec.parallelism.{name} = {degree}: the core has no {name} parallelism; leave it out")
+    if spec.sampling.max_per_step is not None and spec.sampling.prompts_ref is None:
+        return _refusal("spec.sampling.maxPerStep needs spec.sampling.promptsRef: the config's own prompts all count")
+    data: dict[str, str] = {"profile.json": json.dumps(to_wire(profile), sort_keys=True)}
+    if spec.config.inline is not None:
+        data[CONFIG_KEY] = spec.config.inline
+    for field_name, ref, key in (
+        ("config.ref", spec.config.ref, CONFIG_KEY),
+        ("sampling.promptsRef", spec.sampling.prompts_ref, "prompts.txt"),
+    ):
+        if ref is None:
+            continue
+        found = observed.config_maps.get(ref.config_map)
+        if found is None or ref.key not in found:
+            what = f"ConfigMap {ref.config_map}" if found is None else f"key {ref.key} in ConfigMap {ref.config_map}"
+            return State(status=False, reason=Reason.CONFIG_MISSING, message=f"spec.{field_name}: there is no {what}")
+        data[key] = found[ref.key]
+    if spec.batch_table_ref is not None:
+        table = ((observed.batch_search or {}).get("status") or {}).get("table")
+        if table is None:
+            name = spec.batch_table_ref.name
+            message = f"spec.batchTableRef: BatchSearch {name} has no table yet"
+            return State(status=False, reason=Reason.CONFIG_MISSING, message=message)
+        found = observed.config_maps.get(table)
+        if found is None:
+            message = f"spec.batchTableRef: the ConfigMap {table} of the table is missing"
+            return State(status=False, reason=Reason.CONFIG_MISSING, message=message)
+        data["batch-table.json"] = found["table.json"]
+    resolved = ResolvedStatus(
+        profile=None if source is None else ProfileRef(kind=source["kind"], name=source["metadata"]["name"]),
+        profile_generation=None if source is None else source["metadata"].get("generation"),
+        image=image,
+        procs_per_node=_procs_per_node(run.spec, profile),
+        queue=run.queue,
+    )
+    return profile, image, _with_authority(run, data), resolved
+
+
+def _with_authority(run: _Run, data: dict[str, str]) -> dict[str, str]:
+    """A new attempt trusts the authorities of now."""
+    bundle = run.observed.platform.ca_bundle
+    return data if bundle is None else {**data, CA_KEY: bundle}
+
+
+def _procs_per_node(spec: TrainingRunSpec, profile: TrainingProfileSpec) -> int:
+    given = spec.procs_per_node if spec.procs_per_node != "auto" else profile.procs_per_node
+    if isinstance(given, int):
+        return given
+    resource = profile.accelerator.resource
+    limit = {**profile.pod_template.resources.limits, **spec.pod_template.resources.limits}.get(resource)
+    count = int(parse_quantity(limit)) if limit is not None else profile.accelerator.count
+    return max(1, count)
+
+
+def _refusal(message: str) -> State:
+    return State(status=False, reason=Reason.INVALID_SPEC, message=message)
+
+
+def _first(*options: Any, of: str) -> Any:
+    return next((getattr(option, of) for option in options if option is not None), None)
+
+
+def _arguments(run: _Run, data: Mapping[str, str], profile: TrainingProfileSpec) -> tuple[str, ...]:
+    """The command line of the core: its config, and what the spec says about it as overrides."""
+    spec = run.spec
+    config = spec.config.file or f"{CONFIG_FOLDER}/{CONFIG_KEY}"
+    grace = spec.termination_grace_period_seconds
+    budget = spec.checkpoint.sigterm_budget_seconds or max(1, grace - 30, grace // 2)
+    cache, host = spec.data.cache, profile.host_cache
+    cache_path = cache.path if cache is not None else host.mount_path if host is not None else None
+    cache_limit = cache.size_limit if cache is not None else host.size_limit if host is not None else None
+    overrides = {
+        "run_uri": spec.run_uri,
+        "checkpoint.stop_deadline_seconds": budget,
+        "parallel.sequence": spec.parallelism.sequence,
+        "data.path": spec.data.catalogue,
+        "data.cache_dir": cache_path,
+        "data.cache_gib": None if cache_limit is None else parse_quantity(cache_limit) / 2**30,
+        "data.batch_table": f"{CONFIG_FOLDER}/batch-table.json" if "batch-table.json" in data else None,
+        "checkpoint.every_steps": spec.checkpoint.every_steps,
+        "checkpoint.keep_last": spec.checkpoint.keep_last,
+        "checkpoint.keep_every_steps": spec.checkpoint.keep_every_steps,
+        "samples.every_steps": spec.sampling.every_steps,
+        "samples.prompts": _prompts(spec, data),
+        "watchdog.factor": spec.watchdog.step_timeout_factor,
+        "watchdog.floor_seconds": spec.watchdog.min_seconds,
+    }
+    given = [f"{key}={_value(value)}" for key, value in overrides.items() if value is not None]
+    return (f"opensora.{spec.entrypoint}", config, *given, *spec.config.overrides)
+
+
+def _prompts(spec: TrainingRunSpec, data: Mapping[str, str]) -> list[str] | None:
+    if "prompts.txt" not in data:
+        return None
+    lines = [line.strip() for line in data["prompts.txt"].splitlines() if line.strip()]
+    return lines[: spec.sampling.max_per_step]
+
+
+def _value(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _environment(run: _Run, job: str, procs: int) -> dict[str, str]:
+    """The launcher's settings."""
+    grace = run.spec.termination_grace_period_seconds
+    env = {
+        "OPENSORA_NNODES": str(run.nodes),
+        "OPENSORA_NPROC_PER_NODE": str(procs),
+        "OPENSORA_ATTEMPT": str(run.attempt),
+        "OPENSORA_RUN_URI": run.spec.run_uri,
+        "OPENSORA_MASTER_ADDR": f"{job}-0.{run.name}",
+        "OPENSORA_MASTER_PORT": str(run.spec.rendezvous.port),
+        "OPENSORA_RENDEZVOUS_SECONDS": str(run.spec.rendezvous.timeout_seconds),
+        "OPENSORA_SAVE_DEADLINE_SECONDS": str(max(1, grace - 15, math.ceil(grace * 3 / 4))),
+    }
+    url = run.observed.platform.progress_url
+    if url is not None:
+        env["OPENSORA_PROGRESS_URL"] = f"{url}/v1/namespaces/{run.namespace}/runs/{run.name}/progress"
+        env["OPENSORA_PROGRESS_TOKEN_FILE"] = f"{TOKEN_FOLDER}/token"
+        if run.observed.platform.ca_bundle is not None:
+            env["OPENSORA_PROGRESS_CA_FILE"] = f"{CONFIG_FOLDER}/{CA_KEY}"
+    return env
+
+
+# --------------------------------------------------------------------------------------------------------- description
+
+
+def _described(
+    run: _Run, status: TrainingRunStatus, *, problem: State | None, waiting: State | None, job_exists: bool
+) -> TrainingRunStatus:
+    """The status as it follows from what is there."""
+    conditions: dict[ConditionType, State] = {}
+    if problem is not None:
+        conditions[ConditionType.ACCEPTED] = problem
+    elif run.wants_pods or run.job is not None:
+        conditions[ConditionType.ACCEPTED] = State(status=True, reason=Reason.ACCEPTED)
+    conditions[ConditionType.SUSPENDED] = _suspended_state(run, job_exists=job_exists)
+    conditions[ConditionType.SCHEDULED] = _scheduled_state(run)
+    conditions[ConditionType.RUNNING] = _running_state(run)
+    heartbeat = float(run.spec.watchdog.heartbeat_seconds)
+    if run.observed.platform.progress_url is not None:
+        conditions[ConditionType.PROGRESSING] = states.progressing(
+            run.report, now=run.now, since=run.running_since, heartbeat=heartbeat
+        )
+    if waiting is not None:
+        conditions[ConditionType.RESTARTING] = waiting
+    elif run.all_running or not states.is_true(status.conditions, ConditionType.RESTARTING):
+        reason = Reason.ATTEMPT_STARTED if job_exists else Reason.NO_PODS
+        conditions[ConditionType.RESTARTING] = State(status=False, reason=reason)
+    placed = sum(pod.scheduled for pod in run.pods if pod.is_live)
+    ready = sum(pod.ready for pod in run.pods)
+    desired = run.nodes
+    nodes = NodesStatus(
+        desired=desired,
+        requested=status.nodes.requested,
+        placed=placed,
+        ready=ready,
+        summary=f"{ready}/{desired}",
+    )
+    digest = next((pod.image_id for pod in run.pods if pod.image_id), status.resolved.image_digest)
+    started = status.started_at
+    if started is None and any(pod.ready or pod.exit_code is not None for pod in run.pods):
+        started = run.now
+    status = replace(
+        status,
+        nodes=nodes,
+        started_at=started,
+        resolved=replace(status.resolved, image_digest=digest),
+        requests=replace(status.requests, stop=run.spec.requests.stop),
+    )
+    return _finished(run, status, conditions, has_job=job_exists)
+
+
+def _suspended_state(run: _Run, *, job_exists: bool) -> State:
+    if run.spec.suspend:
+        ending = sum(pod.is_live for pod in run.observed.pods)
+        message = f"{ending} pods are still saving" if ending else ""
+        return State(status=True, reason=Reason.SUSPENDED, message=message)
+    waits_for_queue = job_exists and (run.job is None or run.job.suspended)
+    if run.queue is not None and waits_for_queue:
+        return State(status=True, reason=Reason.QUEUED, message=f"the queue {run.queue} holds it back")
+    return State(status=False, reason=Reason.RESUMED)
+
+
+def _scheduled_state(run: _Run) -> State:
+    if run.job is None:
+        return State(status=False, reason=Reason.NO_PODS)
+    if run.job.suspended:
+        reason = Reason.WAITING_FOR_QUOTA if run.queue is not None else Reason.NO_PODS
+        return State(status=False, reason=reason)
+    placed = sum(pod.scheduled for pod in run.pods)
+    if placed >= run.job.completions:
+        return State(status=True, reason=Reason.ALL_PODS_SCHEDULED)
+    refused = next((pod for pod in run.pods if pod.unschedulable), None)
+    if refused is not None:
+        message = f"{placed} of {run.job.completions} pods have a node; {refused.name}: {refused.unschedulable}"
+        return State(status=False, reason=Reason.UNSCHEDULABLE, message=message)
+    return State(
+        status=False, reason=Reason.WAITING_FOR_PODS, message=f"{placed} of {run.job.completions} pods have a node"
+    )
+
+
+def _running_state(run: _Run) -> State:
+    if run.job is None or run.job.suspended:
+        return State(status=False, reason=Reason.NO_PODS)
+    if run.all_running:
+        return State(status=True, reason=Reason.ALL_PODS_RUNNING)
+    for reasons, reason in ((_PULLING, Reason.PULLING_IMAGES), (_CONFIG_ERRORS, Reason.CONTAINER_CONFIG_ERROR)):
+        pod = next((pod for pod in run.pods if pod.waiting_reason in (*reasons, _BROKEN_IMAGE)), None)
+        if pod is not None and (pod.waiting_reason in reasons or reason is Reason.PULLING_IMAGES):
+            message = f"pod {pod.name}: {pod.waiting_reason}: {pod.waiting_message}"
+            return State(status=False, reason=reason, message=message)
+    return State(status=False, reason=Reason.POD_NOT_READY)
+
+
+# ------------------------------------------------------------------------------------------------------ after the end
+
+
+def _after_the_end(run: _Run) -> Plan:
+    """Nothing runs any more; what is kept is kept for its time."""
+    actions: list[Action] = []
+    events: list[Event] = []
+    _remove_stuck_pods(run, actions, events)
+    cleanup = run.spec.cleanup
+    for job in run.observed.jobs:
+        ended = any(job.condition(kind) for kind in ("Complete", "SuccessCriteriaMet", "FailureTarget", "Failed"))
+        if job.deleting:
+            continue
+        if not ended:
+            if run.queue is not None:
+                actions.append(Delete(kind="Job", name=job.name, uid=job.uid))
+            elif not job.suspended:
+                actions.append(SetSuspend(name=job.name, uid=job.uid, suspend=True))
+        elif cleanup.pod_policy == "DeleteAll" or (cleanup.pod_policy == "KeepFailed" and job.condition("Complete")):
+            actions.append(Delete(kind="Job", name=job.name, uid=job.uid))
+    live = sum(pod.is_live for pod in run.observed.pods)
+    status = run.status
+    nodes = replace(status.nodes, placed=live, ready=live, summary=f"{live}/{status.nodes.desired}")
+    scheduled = State(status=False, reason=Reason.NO_PODS)
+    conditions = {} if live else {ConditionType.SCHEDULED: scheduled}
+    status = _finished(run, replace(status, nodes=nodes), conditions)
+    new = to_wire(status)
+    ttl, ended_at = cleanup.ttl_seconds_after_finished, run.status.ended_at
+    left = None if ttl is None or ended_at is None else ended_at + ttl - run.now
+    return Plan(
+        status=None if new == (run.object.get("status") or {}) else new,
+        actions=tuple(actions),
+        events=tuple(events),
+        delete_self=left is not None and left <= 0,
+        requeue_seconds=None if left is None else max(1.0, left + 0.5),
+    )
