@@ -115,6 +115,7 @@ class Node:
         self._programs.clear()
         self._init = None
         _ip("link", "delete", self._link, check=False)  # Linux removes it too, but later
+        _remove_cgroups(self._cgroup)
 
     def partition(self) -> None:
         """The machine is out of reach, but alive: kubelet and containerd end, the processes of its pods go on."""
@@ -196,10 +197,6 @@ class Node:
     def load_image(self, archive: Path) -> None:
         """Give the node an image that `docker save` or `images.write_image` wrote."""
         self.run("ctr", "--namespace", "k8s.io", "image", "import", "--snapshotter", "native", str(archive))
-
-    def remove_cgroups(self) -> None:
-        """Remove what a dead node leaves."""
-        _remove_cgroups(self._cgroup)
 
     def _boot(self) -> None:
         _make_cgroups(self._cgroup)
@@ -415,7 +412,8 @@ class Cluster:
             node.wait_until_ready()
 
     def _make_bridge(self) -> None:
-        _ip("link", "add", self.bridge, "type", "bridge")
+        # With an address of its own: else it has that of a member, and when members change nobody finds it for seconds.
+        _ip("link", "add", self.bridge, "address", f"02:99:00:00:{self.index:02x}:ff", "type", "bridge")
         self._exits.callback(_ip, "link", "delete", self.bridge)
         _ip("address", "add", f"{self.host_address}/24", "dev", self.bridge)
         _ip("link", "set", self.bridge, "up")
@@ -427,8 +425,6 @@ class Cluster:
     def _remove_nodes(self) -> None:
         for node in self.nodes.values():
             node.kill()
-        for node in self.nodes.values():
-            node.remove_cgroups()
             shutil.rmtree(node.disk, ignore_errors=True)
 
     def _start_name_server(self) -> None:
