@@ -60,9 +60,7 @@ class Operator:
 
     async def run(self) -> None:
         """Lead when it is our turn, and work until a signal. Raises LoginError, and what a part ended with."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._told_to_stop.set)
+        self._obey_signals()
         try:
             await self._cluster.open()
             await self._health.start(self._settings.http_address, self._settings.http_port)
@@ -72,6 +70,10 @@ class Operator:
             await self._stop()
             await self._health.stop()
             await self._cluster.close()
+
+    def _obey_signals(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._told_to_stop.set)
 
     async def _is_our_turn(self) -> bool:
         """Wait for the Lease; False when told to stop before."""
@@ -98,10 +100,12 @@ class Operator:
             os._exit(_LEASE_LOST)
 
     async def _work(self) -> None:
-        """Until told to stop, or until a part ends, which ends all. kopf takes the signals over."""
+        """Until told to stop, or until a part ends, which ends all."""
         watching = asyncio.create_task(
             kopf.operator(
-                registry=handlers.make_registry(self._runtime, kubeconfig=self._settings.kubeconfig, stop=self._stop),
+                registry=handlers.make_registry(
+                    self._runtime, kubeconfig=self._settings.kubeconfig, start=self._start, stop=self._stop
+                ),
                 settings=handlers.make_settings(),
                 clusterwide=not self._settings.namespaces,
                 namespaces=self._settings.namespaces,
@@ -115,6 +119,10 @@ class Operator:
         for part in done:
             if not part.cancelled():
                 part.result()
+
+    async def _start(self) -> None:
+        await self._runtime.start()
+        self._obey_signals()  # kopf has put handlers of its own there, which bear only one signal
 
     async def _stop(self) -> None:
         """Finish, and let another replica lead. A second call does nothing."""

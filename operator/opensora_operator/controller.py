@@ -9,12 +9,13 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from opensora_operator.cluster import ApiError, Cluster
 from opensora_operator.events import Recorder
-from opensora_operator.kinds import Kind, Observation
+from opensora_operator.kinds import PROFILES, Kind
 from opensora_operator.metrics import Metrics
+from opensora_operator.observation import Observation
 from opensora_operator.pacing import ProgressPace
 from opensora_operator.plans import (
     Action,
@@ -29,7 +30,9 @@ from opensora_operator.plans import (
     Plan,
     SetSuspend,
 )
+from opensora_operator.progress import ProgressBook
 from opensora_operator.queue import Queue, Turn
+from opensora_operator.resources import Platform
 from opensora_operator.store import Store
 from opensora_operator.views import PodView
 
@@ -37,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 _FRESH_SECONDS = 10.0
 """What was looked up is believed for so long, and a child that is ours until the next resync."""
+_LIST_SECONDS = 1.0
+"""Profiles are not listed more often than this for the sake of objects that name none."""
 _REJECTED_SECONDS = 60.0
 """An object that the API server refused is tried again after this time, or when the spec changes."""
 _MAX_DECISIONS = 16
@@ -45,16 +50,6 @@ _MAX_REPEATS = 3
 """So many times the same actions in a row are one, too."""
 _WATCHED = ("Job", "Pod")
 _REFUSALS = (400, 403, 413, 422)
-
-
-class ProgressSource(Protocol):
-    """Who has the reports of the pods."""
-
-    def latest(self, uid: str) -> Any:
-        """The newest report about a run; None where there is none."""
-
-    def forget(self, uid: str) -> None:
-        """The run is gone."""
 
 
 class PlannerError(Exception):
@@ -99,7 +94,8 @@ class Controller:
         kinds: Mapping[str, Kind],
         pace: ProgressPace,
         resync_seconds: float,
-        progress: ProgressSource | None = None,
+        book: ProgressBook,
+        platform: Callable[[], Platform] = Platform,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._cluster = cluster
@@ -110,12 +106,14 @@ class Controller:
         self._kinds = kinds
         self._pace = pace
         self._resync_seconds = resync_seconds
-        self._progress = progress
+        self._book = book
+        self._platform = platform
         self._clock = clock
         self._memories: dict[Key, _Memory] = {}
         self._dependents: defaultdict[Key, set[Key]] = defaultdict(set)
         self._objects: dict[Key, _Found] = {}
         self._nodes: dict[str, _Found] = {}
+        self._profiles_listed: dict[str, float] = {}
 
     def concern(self, key: Key) -> None:
         """Something about an object is new: look at it, and at those whose plan depends on it."""
@@ -215,8 +213,8 @@ class Controller:
         self._depend(key, memory, needs.objects)
         uid, pods = memory.uid, self._store.pods(memory.uid)
         children = {place: await self._child(key.namespace, place, memory) for place in needs.children}
-        # A Job in our way is none of those that were asked for.
-        children |= {place: found.value for place, found in memory.children.items() if place[0] == "Job"}
+        # What is in our way is none of those that were asked for.
+        children |= {place: found.value for place, found in memory.children.items()}
         return Observation(
             now=self._clock(),
             body=body,
@@ -226,8 +224,10 @@ class Controller:
             config_maps={name: await self._config_map(key.namespace, name, memory) for name in needs.config_maps},
             children={place: child for place, child in children.items() if child is not None},
             dead_nodes=await self._dead_nodes(pods, needs),
-            progress=self._progress.latest(uid) if self._progress is not None else None,
+            default_profile=await self._default_profile(key.namespace) if needs.default_profile else None,
+            progress=self._book.newest(uid, attempt=max(1, (body.get("status") or {}).get("attempt", 0))),
             rejected={name: found.value for name, found in memory.rejected.items()},
+            platform=self._platform(),
         )
 
     def _remember(self, key: Key, body: Object) -> _Memory:
@@ -256,8 +256,7 @@ class Controller:
             self._depend(key, memory, ())
             self._recorder.forget(memory.uid)
             self._pace.forget(memory.uid)
-            if self._progress is not None:
-                self._progress.forget(memory.uid)
+            self._book.forget(memory.uid)
         self._queue.succeeded(key)
 
     def _depend(self, key: Key, memory: _Memory, needed: tuple[Key, ...]) -> None:
@@ -285,6 +284,28 @@ class Controller:
                 return self._store.get(key)
             self._objects = {other: found for other, found in self._objects.items() if self._is_fresh(found)}
             self._objects[key] = _Found(None, self._clock())
+        return None
+
+    async def _default_profile(self, namespace: str) -> Object | None:
+        """The profile for objects that name none: of the namespace, or else of the cluster; the first by name.
+
+        It is read once in an object's life, so "there is none" is not taken from a watch, which may be late.
+        """
+        found = self._stored_default(namespace)
+        if found is None and self._clock() - self._profiles_listed.get(namespace, 0.0) >= _LIST_SECONDS:
+            for kind in PROFILES:
+                async for items, _ in self._cluster.list_pages(kind, namespace):
+                    for item in items:
+                        self._store.put(kind, item)
+            self._profiles_listed[namespace] = self._clock()
+            found = self._stored_default(namespace)
+        return found
+
+    def _stored_default(self, namespace: str) -> Object | None:
+        for kind, place in zip(PROFILES, (namespace, ""), strict=True):
+            found = [profile for profile in self._store.objects(kind) if _is_default(profile, namespace=place)]
+            if found:
+                return min(found, key=lambda profile: str(profile["metadata"]["name"]))
         return None
 
     async def _child(self, namespace: str, place: tuple[str, str], memory: _Memory) -> Child | None:
@@ -339,19 +360,23 @@ class Controller:
     # Apply
 
     async def _act(self, body: Object, memory: _Memory, actions: Iterable[Action]) -> None:
-        """Do all of it in order; what a Job needs is created at once, and before the Job."""
+        """Do all of it in order; what a Job needs is created at once, and before the Job.
+
+        Without one of these, refused or somebody else's, the Job is not made: the planner has to say what is wrong.
+        """
         together: list[Create] = []
         for action in actions:
             if isinstance(action, Create) and action.manifest["kind"] != "Job":
                 together.append(action)
                 continue
-            await self._create_all(body, memory, together)
+            if not await self._create_all(body, memory, together):
+                return
             together = []
             await self._act_once(body, memory, action)
         await self._create_all(body, memory, together)
 
-    async def _create_all(self, body: Object, memory: _Memory, actions: Iterable[Create]) -> None:
-        await asyncio.gather(*(self._create(body, memory, action.manifest) for action in actions))
+    async def _create_all(self, body: Object, memory: _Memory, actions: Iterable[Create]) -> bool:
+        return all(await asyncio.gather(*(self._create(body, memory, action.manifest) for action in actions)))
 
     async def _act_once(self, body: Object, memory: _Memory, action: Action) -> None:
         namespace = body["metadata"]["namespace"]
@@ -365,7 +390,8 @@ class Controller:
             case Delete():
                 await self._delete(namespace, memory, action)
 
-    async def _create(self, body: Object, memory: _Memory, manifest: Object) -> None:
+    async def _create(self, body: Object, memory: _Memory, manifest: Object) -> bool:
+        """Whether the object is there now, and ours."""
         place = (manifest["kind"], manifest["metadata"]["name"])
         created: Object | None
         try:
@@ -376,10 +402,12 @@ class Controller:
             elif error.code in _REFUSALS:
                 memory.rejected[place[1]] = _Found(error.message, self._clock())
                 logger.warning("%s %s is refused: %s", *place, error.message, extra=_about(body, reason="Rejected"))
-                return
+                return False
             else:
                 raise
         self._learn(memory, place, created)
+        found = memory.children.get(place)
+        return found is None or found.value is None or found.value.owner_uid == memory.uid
 
     async def _set_suspend(self, namespace: str, action: SetSuspend) -> None:
         spec: Object = {"suspend": action.suspend}
@@ -469,6 +497,10 @@ def _difference(old: Object, new: Object) -> Object:
         elif name not in old or before != value:
             patch[name] = value
     return patch
+
+
+def _is_default(profile: Object, *, namespace: str) -> bool:
+    return profile["metadata"].get("namespace", "") == namespace and bool((profile.get("spec") or {}).get("default"))
 
 
 def _is_ready(node: Object) -> bool:

@@ -57,13 +57,15 @@ def make_settings() -> kopf.OperatorSettings:
     return settings
 
 
-def make_registry(runtime: Runtime, *, kubeconfig: str, stop: Callable[[], Awaitable[None]]) -> kopf.OperatorRegistry:
-    """All handlers. `stop` is called when kopf has ended its watches."""
+def make_registry(
+    runtime: Runtime, *, kubeconfig: str, start: Callable[[], Awaitable[None]], stop: Callable[[], Awaitable[None]]
+) -> kopf.OperatorRegistry:
+    """All handlers. `start` is called before kopf watches anything, `stop` when it has ended its watches."""
     registry = kopf.OperatorRegistry()
 
     @kopf.on.startup(registry=registry, errors=kopf.ErrorsMode.PERMANENT)
-    async def start(**_: Any) -> None:
-        await runtime.start()
+    async def begin(**_: Any) -> None:
+        await start()
 
     @kopf.on.cleanup(registry=registry, errors=kopf.ErrorsMode.PERMANENT)
     async def end(**_: Any) -> None:

@@ -4,34 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from opensora_operator.plans import Child, Key, Needs, Object, Plan
-from opensora_operator.views import JobView, PodView
+from opensora_operator import planner
+from opensora_operator.observation import Observation
+from opensora_operator.plans import Needs, Object, Plan
 
-
-@dataclass(frozen=True, kw_only=True)
-class Observation:
-    """All that is known of an object when it is planned."""
-
-    now: float
-    """Seconds since 1970."""
-    body: Object
-    """The object itself."""
-    jobs: tuple[JobView, ...]
-    pods: tuple[PodView, ...]
-    objects: Mapping[Key, Object | None]
-    """Those of `Needs.objects`; None where there is none."""
-    config_maps: Mapping[str, Mapping[str, str] | None]
-    """Those of `Needs.config_maps`; None where there is none."""
-    children: Mapping[tuple[str, str], Child]
-    """Those of `Needs.children` that exist, and what stood in the way of a Create: (kind, name) → whose it is."""
-    dead_nodes: frozenset[str]
-    """Nodes of pods stuck in deletion that are gone or not ready."""
-    progress: Any
-    """The newest report of the current attempt; None where there is none."""
-    rejected: Mapping[str, str]
-    """Name of an object → why the API server refuses to have it."""
+PROFILES = ("TrainingProfile", "ClusterTrainingProfile")
+"""Kinds that are looked up and never planned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,5 +21,5 @@ class Kind:
     plan: Callable[[Observation], Plan]
 
 
-KINDS: Mapping[str, Kind] = {}
+KINDS: Mapping[str, Kind] = {planner.KIND: Kind(needs=planner.needs, plan=planner.plan)}
 """The kinds that are reconciled."""

@@ -6,17 +6,18 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 
 from opensora_operator.cluster import ApiError, Cluster
 from opensora_operator.constants import API_VERSION
-from opensora_operator.controller import Controller, ProgressSource
+from opensora_operator.controller import Controller
 from opensora_operator.events import Recorder
-from opensora_operator.kinds import Kind
+from opensora_operator.kinds import PROFILES, Kind
 from opensora_operator.metrics import Metrics
 from opensora_operator.pacing import ProgressPace
 from opensora_operator.plans import Key, Object
+from opensora_operator.progress import ProgressBook
 from opensora_operator.queue import Queue
 from opensora_operator.settings import Settings
 from opensora_operator.store import Store
@@ -24,7 +25,6 @@ from opensora_operator.watching import Watching
 
 logger = logging.getLogger(__name__)
 
-PROFILES = ("TrainingProfile", "ClusterTrainingProfile")
 _STARVED_SECONDS = 60.0
 _DEAF_RESYNCS = 3
 _RETRY_SECONDS = 2.0
@@ -42,7 +42,6 @@ class Runtime:
         metrics: Metrics,
         *,
         kinds: Mapping[str, Kind],
-        progress: ProgressSource | None = None,
     ) -> None:
         self._settings = settings
         self._cluster = cluster
@@ -59,7 +58,7 @@ class Runtime:
             kinds=kinds,
             pace=ProgressPace(per_second=settings.progress_writes_per_second),
             resync_seconds=settings.resync_seconds,
-            progress=progress,
+            book=ProgressBook(),
         )
         self._watching = Watching(cluster, self._store, concern=self.concern, namespaces=settings.namespaces)
         self._tasks: list[asyncio.Task[None]] = []
@@ -79,6 +78,7 @@ class Runtime:
             self._start(self._watching.watch(kind, namespace, synced=synced[-1]))
         for event in synced:
             await event.wait()
+        await self._know(PROFILES)
         self._start(self._recorder.send())
         self._start(self._resync())
         for _ in range(self._settings.concurrency):
@@ -139,10 +139,16 @@ class Runtime:
         """Compare our kinds with the API server now and then; each object's own resync is in the queue."""
         while True:
             await asyncio.sleep(self._settings.resync_seconds)
+            await self._know((*self._kinds, *PROFILES))
+
+    async def _know(self, kinds: Sequence[str]) -> None:
+        """Take all objects of these kinds from the API server, however long it takes."""
+        while True:
             try:
-                await self._watching.compare((*self._kinds, *PROFILES))
+                return await self._watching.compare(kinds)
             except ApiError as error:
                 logger.warning("comparing with the API server: %s", error)
+                await asyncio.sleep(max(_RETRY_SECONDS, error.retry_seconds))
 
     def _start(self, part: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(part)

@@ -86,10 +86,6 @@ class Store:
         kept = self._kept.get(key.kind, {}).get((key.namespace, key.name))
         return kept.content if kept is not None and isinstance(kept.content, dict) else None
 
-    def keys(self, kind: str) -> Iterator[Key]:
-        """All objects of one of our kinds."""
-        return (Key(kind, namespace, name) for namespace, name in list(self._kept.get(kind, {})))
-
     def objects(self, kind: str) -> Iterator[Object]:
         """All objects of one of our kinds."""
         return (kept.content for kept in self._kept.get(kind, {}).values() if isinstance(kept.content, dict))

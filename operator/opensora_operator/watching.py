@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Callable, Iterable
 
-from opensora_operator.cluster import ApiError, Cluster
+from opensora_operator.cluster import ApiError, Cluster, resource_of
 from opensora_operator.constants import LABEL_UID
 from opensora_operator.plans import Key
 from opensora_operator.store import Store, place_of
@@ -46,7 +46,7 @@ class Watching:
     async def compare(self, kinds: Iterable[str]) -> None:
         """List all objects of these kinds, and take what is new, changed or gone. Raises ApiError."""
         for kind in kinds:
-            for namespace in self._namespaces:
+            for namespace in self._namespaces if resource_of(kind).namespaced else (None,):
                 await self._list(kind, namespace, labels="")
 
     def streams(self) -> list[tuple[str, str | None]]:

@@ -12,7 +12,8 @@ from typing import Any
 
 from opensora_operator.__main__ import Operator, run
 from opensora_operator.constants import API_VERSION, LABEL_ATTEMPT, LABEL_KIND, LABEL_NAME, LABEL_UID
-from opensora_operator.kinds import Kind, Observation
+from opensora_operator.kinds import Kind
+from opensora_operator.observation import Observation
 from opensora_operator.plans import Create, Event, Needs, Object, Plan
 
 
