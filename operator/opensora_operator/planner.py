@@ -1,4 +1,4 @@
-"""What to do about a TrainingRun. Pure: everything it knows is in `Observed`, everything it wants is in the `Plan`.
+"""What to do about a TrainingRun. Pure: everything it knows is in `Observation`, everything it wants is in the `Plan`.
 
 Order of a run's life: accept the spec → create the Job of attempt n → it runs → it ends → write down why, and n + 1 →
 wait until nothing of attempt n runs any more → create the Job of attempt n + 1. Only the write in the middle decides
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,7 +25,8 @@ from opensora_operator.api import (
     TrainingRunStatus,
 )
 from opensora_operator.constants import GROUP, ExitCode
-from opensora_operator.plans import Action, Child, Create, Delete, Event, FailPod, Key, Needs, Object, Plan, SetSuspend
+from opensora_operator.observation import Observation
+from opensora_operator.plans import Action, Create, Delete, Event, FailPod, Key, Needs, Object, Plan, SetSuspend
 from opensora_operator.policies import restart
 from opensora_operator.policies.causes import Cause, cause_of
 from opensora_operator.progress import ProgressReport
@@ -35,7 +36,6 @@ from opensora_operator.resources import (
     CONFIG_FOLDER,
     CONFIG_KEY,
     TOKEN_FOLDER,
-    Platform,
     Workload,
     config_map,
     gang_job,
@@ -62,33 +62,6 @@ _CONFIG_ERRORS = ("CreateContainerConfigError", "CreateContainerError", "RunCont
 _STOPPED_ON_PURPOSE = (Reason.STOPPED, Reason.DISRUPTED, Reason.PREEMPTED)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Observed:
-    """A run and everything around it, at one moment."""
-
-    now: float
-    """Seconds since 1970."""
-    run: Object
-    jobs: tuple[JobView, ...] = ()
-    """By the run's UID, of all attempts."""
-    pods: tuple[PodView, ...] = ()
-    """The same."""
-    children: Mapping[tuple[str, str], Child] = field(default_factory=dict)
-    """(kind, name) → object: ConfigMaps of ours, and what somebody else has under a name that we need."""
-    profile: Object | None = None
-    """The profile that the spec names, or else the default one."""
-    config_maps: Mapping[str, Mapping[str, str] | None] = field(default_factory=dict)
-    """Users' ConfigMaps; None where there is no such object."""
-    batch_search: Object | None = None
-    dead_nodes: frozenset[str] = frozenset()
-    """Nodes that are gone or do not answer."""
-    progress: ProgressReport | None = None
-    """The newest report of the current attempt."""
-    rejected: Mapping[str, str] = field(default_factory=dict)
-    """Name of an object → why the API server refused it."""
-    platform: Platform = field(default_factory=Platform)
-
-
 def job_name(run_name: str, attempt: int) -> str:
     """The Job of an attempt. No name is ever used twice."""
     return f"{run_name}-a{attempt}"
@@ -107,10 +80,8 @@ def needs(run: Object) -> Needs:
     resolved = status.resolved.config_map
     if resolved is not None:
         return Needs(children=(("ConfigMap", resolved),), stuck_pod_seconds=float(spec.deadlines.stuck_pod_seconds))
-    objects = []
-    ref = spec.profile_ref
-    if ref is not None:
-        objects.append(Key(ref.kind, namespace if ref.kind == "TrainingProfile" else "", ref.name))
+    profile = _profile_key(spec, namespace)
+    objects = [] if profile is None else [profile]
     if spec.batch_table_ref is not None:
         objects.append(Key("BatchSearch", namespace, spec.batch_table_ref.name))
     named = {spec.config.ref.config_map} if spec.config.ref is not None else set()
@@ -118,13 +89,18 @@ def needs(run: Object) -> Needs:
         named.add(spec.sampling.prompts_ref.config_map)
     return Needs(
         objects=tuple(objects),
-        default_profile=ref is None,
+        default_profile=profile is None,
         config_maps=tuple(sorted(named)),
         stuck_pod_seconds=float(spec.deadlines.stuck_pod_seconds),
     )
 
 
-def plan(observed: Observed) -> Plan:
+def _profile_key(spec: TrainingRunSpec, namespace: str) -> Key | None:
+    ref = spec.profile_ref
+    return None if ref is None else Key(ref.kind, namespace if ref.kind == "TrainingProfile" else "", ref.name)
+
+
+def plan(observed: Observation) -> Plan:
     """What to do now."""
     try:
         run = _Run(observed)
@@ -141,15 +117,15 @@ def plan(observed: Observed) -> Plan:
 class _Run:
     """A run with what can be read off it."""
 
-    def __init__(self, observed: Observed) -> None:
+    def __init__(self, observed: Observation) -> None:
         self.observed = observed
         self.now = observed.now
-        self.object = observed.run
-        self.name: str = observed.run["metadata"]["name"]
-        self.namespace: str = observed.run["metadata"]["namespace"]
-        self.generation: int = observed.run["metadata"].get("generation", 0)
-        self.spec = from_wire(TrainingRunSpec, observed.run.get("spec") or {})
-        self.status = from_wire(TrainingRunStatus, observed.run.get("status") or {})
+        self.object = observed.body
+        self.name: str = observed.body["metadata"]["name"]
+        self.namespace: str = observed.body["metadata"]["namespace"]
+        self.generation: int = observed.body["metadata"].get("generation", 0)
+        self.spec = from_wire(TrainingRunSpec, observed.body.get("spec") or {})
+        self.status = from_wire(TrainingRunStatus, observed.body.get("status") or {})
         self.attempt = max(1, self.status.attempt)
 
     @property
@@ -179,9 +155,15 @@ class _Run:
         """The queue that starts the Jobs, decided when the run was accepted."""
         if self.status.resolved.config_map is not None:
             return self.status.resolved.queue
-        profile = (self.observed.profile or {}).get("spec") or {}
+        profile = (self.profile or {}).get("spec") or {}
         queue: str | None = (profile.get("scheduling") or {}).get("queue")
         return self.spec.scheduling.queue or queue
+
+    @property
+    def profile(self) -> Object | None:
+        """The profile that the spec names, or else the default one."""
+        key = _profile_key(self.spec, self.namespace)
+        return self.observed.default_profile if key is None else self.observed.objects.get(key)
 
     @property
     def nodes(self) -> int:
@@ -437,15 +419,15 @@ def _over(run: _Run, reason: Reason, message: str, status: TrainingRunStatus) ->
     return _decision(run, status, conditions, event)
 
 
-def _invalid(observed: Observed, message: str) -> Plan:
+def _invalid(observed: Observation, message: str) -> Plan:
     """A spec that cannot be read at all; its status is told in the few fields that are sure."""
     conditions = states.set_conditions(
         (),
         {ConditionType.ACCEPTED: State(status=False, reason=Reason.INVALID_SPEC, message=message)},
         now=observed.now,
-        generation=observed.run["metadata"].get("generation", 0),
+        generation=observed.body["metadata"].get("generation", 0),
     )
-    old = observed.run.get("status") or {}
+    old = observed.body.get("status") or {}
     if any(condition.get("message") == message for condition in old.get("conditions", ())):
         return Plan()
     new = to_wire(TrainingRunStatus(phase="Pending", conditions=conditions))
@@ -524,27 +506,20 @@ def _converge(run: _Run) -> Plan:
     _trim_history(run, actions)
 
     job, problem, waiting = run.job, None, None
-    job_exists = job is not None
     if job is not None:
         _start_or_stop(run, job, actions)
-        if status.resolved.config_map is None and not isinstance(wanted := _wanted(run), State):
-            # The operator died between the Job and the status.
-            actions.append(Create(manifest=wanted.objects[0]))
-            status = _with_new_attempt(run, replace(status, resolved=wanted.resolved))
+        status = _with_attempt(run, job, status, actions)
     elif run.wants_pods:
         wanted = _wanted(run)
         if isinstance(wanted, State):
             problem = wanted
         else:
-            status = replace(status, resolved=wanted.resolved)
             waiting = _why_not_yet(run)
             if waiting is None:
                 actions += [Create(manifest=manifest) for manifest in wanted.objects]
-                job_exists = True
-                status = _with_new_attempt(run, status)
-                message = f"attempt {run.attempt} with {run.nodes} pods: Job {status.job}"
+                message = f"attempt {run.attempt} with {run.nodes} pods: Job {job_name(run.name, run.attempt)}"
                 events.append(Event(reason=Reason.ATTEMPT_STARTED, message=message))
-    status = _described(run, status, problem=problem, waiting=waiting, job_exists=job_exists)
+    status = _described(run, status, problem=problem, waiting=waiting, job_exists=job is not None)
     new, old = to_wire(status), run.object.get("status") or {}
     return Plan(
         status=None if new == old else new,
@@ -622,14 +597,22 @@ def _why_not_yet(run: _Run) -> State | None:
     return None
 
 
-def _with_new_attempt(run: _Run, status: TrainingRunStatus) -> TrainingRunStatus:
-    record = replace(run.record(), started_at=run.now)
+def _with_attempt(run: _Run, job: JobView, status: TrainingRunStatus, actions: list[Action]) -> TrainingRunStatus:
+    """The status with the attempt whose Job is there, and with what its pods were made from."""
+    if status.job == job.name:
+        return status
+    if job.config != status.resolved.config_map and not isinstance(wanted := _wanted(run), State):
+        status = replace(status, resolved=wanted.resolved)
+        if wanted.resolved.config_map != job.config:
+            # The profile has changed between the Job and this: it holds for the attempts to come.
+            actions.append(Create(manifest=wanted.objects[0]))
+    record = replace(run.record(), started_at=job.created)
     return replace(
         status,
         attempt=run.attempt,
         attempts=_with_record(status.attempts, record),
-        executions=status.executions + (run.attempt not in {known.number for known in status.attempts}),
-        job=job_name(run.name, run.attempt),
+        executions=status.executions + 1,
+        job=job.name,
         nodes=replace(status.nodes, desired=run.nodes, requested=run.spec.nodes),
         backoff_until=None,
     )
@@ -775,7 +758,7 @@ def _snapshot(run: _Run) -> _Snapshot | State:
 
 def _first_snapshot(run: _Run) -> _Snapshot | State:
     spec, observed = run.spec, run.observed
-    profile, source = TrainingProfileSpec(), observed.profile
+    profile, source = TrainingProfileSpec(), run.profile
     if spec.profile_ref is not None and source is None:
         message = f"spec.profileRef: there is no {spec.profile_ref.kind} {spec.profile_ref.name}"
         return State(status=False, reason=Reason.PROFILE_NOT_FOUND, message=message)
@@ -804,7 +787,8 @@ def _first_snapshot(run: _Run) -> _Snapshot | State:
             return State(status=False, reason=Reason.CONFIG_MISSING, message=f"spec.{field_name}: there is no {what}")
         data[key] = found[ref.key]
     if spec.batch_table_ref is not None:
-        table = ((observed.batch_search or {}).get("status") or {}).get("table")
+        search = Key("BatchSearch", run.namespace, spec.batch_table_ref.name)
+        table = ((observed.objects.get(search) or {}).get("status") or {}).get("table")
         if table is None:
             name = spec.batch_table_ref.name
             message = f"spec.batchTableRef: BatchSearch {name} has no table yet"

@@ -11,7 +11,8 @@ from typing import Any
 
 from opensora_operator.api import TrainingProfileSpec
 from opensora_operator.constants import (
-    GROUP,
+    ANNOTATION_CONFIG,
+    ANNOTATION_NODES,
     LABEL_ATTEMPT,
     LABEL_KIND,
     LABEL_KUEUE_PRIORITY,
@@ -31,9 +32,6 @@ CONFIG_FOLDER = "/etc/opensora/run"
 CONFIG_KEY = "config.yaml"
 CA_KEY = "ca.crt"
 TOKEN_FOLDER = "/var/run/opensora"
-ANNOTATION_CONFIG = f"{GROUP}/config"
-"""Of a Job: the ConfigMap that its pods read."""
-ANNOTATION_NODES = f"{GROUP}/nodes"
 _TOKEN_SECONDS = 3600
 _USER = 65532
 _LIST_KEYS = {"env": "name", "volumes": "name", "volumeMounts": "mountPath", "imagePullSecrets": "name"}

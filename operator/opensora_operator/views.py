@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from opensora_operator.constants import JOB_INDEX, LABEL_ATTEMPT, LABEL_KIND, LABEL_NAME, LABEL_UID, TRAINER
+from opensora_operator.constants import (
+    ANNOTATION_CONFIG,
+    JOB_INDEX,
+    LABEL_ATTEMPT,
+    LABEL_KIND,
+    LABEL_NAME,
+    LABEL_UID,
+    TRAINER,
+)
 
 _MAX_MESSAGE = 1024
 
@@ -44,6 +52,8 @@ class JobView:
     owner: OwnerKey
     attempt: int
     """0 where the label is missing or no number."""
+    config: str
+    """The ConfigMap that its pods read."""
     created: float
     started: float | None
     """`status.startTime`: of the last time it was not suspended."""
@@ -142,6 +152,7 @@ def view_job(body: Mapping[str, Any]) -> JobView | None:
         uid=metadata["uid"],
         owner=owner,
         attempt=_number(metadata["labels"].get(LABEL_ATTEMPT)),
+        config=(metadata.get("annotations") or {}).get(ANNOTATION_CONFIG, ""),
         created=parse_time(metadata.get("creationTimestamp")) or 0.0,
         started=parse_time(status.get("startTime")),
         finished=max(ended, default=None),
