@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from opensora.quickstart.object_store import die_with_parent
+from opensora.processes import die_with_parent
 
 
 class StartError(Exception):

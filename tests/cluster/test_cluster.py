@@ -219,11 +219,16 @@ def test_a_cluster_whose_owner_was_killed_leaves_no_process_and_the_next_one_rem
     if reason := why_not():
         pytest.skip(reason)
     before = _traces()
-    code = f"import time, pathlib, nodes\nwith nodes.Cluster(pathlib.Path({str(tmp_path / 'killed')!r})): print(1, flush=True); time.sleep(600)"
+    code = (
+        "import pathlib, sys, time, nodes\n"
+        "with nodes.Cluster(pathlib.Path(sys.argv[1]), names=['node-a']): print('up', flush=True); time.sleep(600)\n"
+    )
     environment = os.environ | {"PYTHONPATH": f"{images.REPOSITORY}:{images.REPOSITORY / 'tests/cluster'}"}
-    with subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True) as owner:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path / "killed"], env=environment, stdout=subprocess.PIPE, text=True
+    ) as owner:
         assert owner.stdout is not None
-        assert owner.stdout.readline() == "1\n"
+        assert owner.stdout.readline() == "up\n"
         owner.kill()
     _until(lambda: not _processes_in(tmp_path))
     with Cluster(tmp_path / "next", names=["node-a"]):
