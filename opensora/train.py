@@ -21,6 +21,7 @@ from opensora.config.train import TrainConfig
 from opensora.errors import ConfigError, ExitCode, OpenSoraError
 from opensora.storage import Storage
 from opensora.training.control import StopControl
+from opensora.training.operator_link import OperatorAddress, OperatorLink, Requests
 from opensora.training.position import Position
 
 logger = logging.getLogger(__name__)
@@ -53,11 +54,14 @@ def run(config: TrainConfig, *, control: StopControl, position: Position) -> Non
         OpenSoraError: what ended the run.
     """
     storage = Storage(config.run_uri, config=config.storage)
+    address = OperatorAddress.from_environment(os.environ)
     _check_launcher_has_same_run(storage)
     # torch takes seconds to import; mistakes in the settings are told before.
     from opensora.acceleration.mesh import init_world
     from opensora.sampling.rounds import RoundSampler
+    from opensora.training.batch_sizes import use_batch_table
     from opensora.training.failures import translated
+    from opensora.training.stack_dumps import StackDumps
     from opensora.training.trainer import COMPUTE_DTYPES, Trainer, build_parts
     from opensora.training.watchdog import Watchdog
 
@@ -69,7 +73,14 @@ def run(config: TrainConfig, *, control: StopControl, position: Position) -> Non
     if world.is_main:
         storage.check_access(write=True)
     attempt = world.broadcast(records.own_attempt(storage) if world.is_main else 0)
+    config = use_batch_table(config, world, storage)
     watchdog = Watchdog(config.watchdog, clock=position.clock, on_stall=on_stall)
+    dumps, operator = None, None
+    if address is not None:  # the same on all ranks
+        dumps = StackDumps(world.store, run=storage, attempt=attempt, size=world.size, position=position)
+        if world.is_main:
+            requests = Requests(stop=control.ask, dump=dumps.request)
+            operator = OperatorLink(address, requests=requests, stop_requested=lambda: control.requested)
     parts = build_parts(config, world.device)
     sampler = RoundSampler(
         config.samples, run=storage, ranks=world, vae=parts.vae, text_encoder=parts.text_encoder,
@@ -78,12 +89,14 @@ def run(config: TrainConfig, *, control: StopControl, position: Position) -> Non
     with translated():
         trainer = Trainer(
             config, world=world, run=storage, attempt=attempt, control=control, position=position, watchdog=watchdog,
-            parts=parts, sampler=sampler,
+            parts=parts, sampler=sampler, operator=operator,
         )  # fmt: skip
         if not gc.isenabled():
             gc.freeze()
             gc.enable()
         trainer.train()
+        if dumps is not None:
+            dumps.stop()
         world.close()
 
 

@@ -13,7 +13,12 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, not listed in __all__
+from torch.distributed import (  # type: ignore[attr-defined]  # public, not listed in __all__
+    HashStore,
+    PrefixStore,
+    Store,
+    rendezvous,
+)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from opensora.config.train import ParallelConfig
@@ -36,6 +41,8 @@ class World:
     """gloo: agreements of a few numbers per step, on the CPU whatever the device."""
     saving: dist.ProcessGroup
     """gloo: used by the thread that saves, so that it never meets the step's collectives."""
+    store: Store
+    """Where the ranks have met. A thread uses a clone."""
 
     @property
     def is_main(self) -> bool:
@@ -47,11 +54,15 @@ class World:
         dist.all_reduce(tensor, group=self.control)
         return tensor.tolist()
 
+    def max(self, values: Sequence[int]) -> list[int]:
+        """The largest of each number over all ranks."""
+        tensor = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
+        return tensor.tolist()
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
-        tensor = torch.tensor([int(flag)], dtype=torch.int32)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
-        return bool(tensor.item())
+        return bool(self.max([flag])[0])
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, on every rank."""
@@ -111,9 +122,12 @@ def init_world(parallel: ParallelConfig, *, device: str) -> World:
     timeout = timedelta(seconds=parallel.collective_timeout_seconds)
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     if size == 1 and "MASTER_ADDR" not in os.environ:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+        store: Store = HashStore()
     else:
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    groups = PrefixStore("groups", store)
+    dist.init_process_group(backend, store=groups, rank=rank, world_size=size, timeout=timeout)
     if parallel.replicas > 1:
         shape, names = (parallel.replicas, size // parallel.replicas), ("replicate", "shard")
         mesh = init_device_mesh(chosen.type, shape, mesh_dim_names=names)
@@ -127,6 +141,7 @@ def init_world(parallel: ParallelConfig, *, device: str) -> World:
         replicas=parallel.replicas,
         control=_gloo_group(timeout),
         saving=_gloo_group(timeout),
+        store=store,
     )
 
 

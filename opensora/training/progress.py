@@ -10,6 +10,7 @@ import sys
 import threading
 import urllib.request
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -17,11 +18,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from opensora import records
 from opensora.errors import StorageError
 from opensora.storage import Storage
+from opensora.training.operator_link import OperatorLink
 
 logger = logging.getLogger(__name__)
 
 _WRITE_INTERVAL_SECONDS = 1.0
 _PUSH_TIMEOUT_SECONDS = 5.0
+_LAST_REPORT_SECONDS = 5.0
+"""How long the end of a run may be held up by an operator that does not answer."""
+
+State = Literal["Starting", "Training", "Evaluating", "Saving", "Sampling", "Stopping"]
+"""What the ranks do at the moment."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +37,8 @@ class ProgressState:
 
     phase: str
     """"training", or how the attempt ended: "done", "stopped", "failed"."""
+    state: State
+    """`Starting` until the first step of the attempt is done; `Stopping` also at the end."""
     step: int
     """Optimiser steps done."""
     total_steps: int | None
@@ -37,11 +46,15 @@ class ProgressState:
     loss: float | None
     seconds_per_step: float | None
     """Mean of the last steps."""
+    samples_per_second: float | None
+    """Clips trained on, over the last steps."""
     eta_seconds: float | None
     goodput: float
     attempt: int
     checkpoint_step: int | None
     """Newest step that was saved completely."""
+    samples_step: int | None
+    """Newest step whose round of samples is complete, of this attempt."""
     updated: float
     """Unix time in seconds."""
 
@@ -49,9 +62,18 @@ class ProgressState:
 class ProgressReporter:
     """Shows the state of a run; rank 0 alone has one. Writing happens beside the loop and never delays it."""
 
-    def __init__(self, run: Storage, *, total_steps: int | None, first_step: int, url: str | None = None) -> None:
+    def __init__(
+        self,
+        run: Storage,
+        *,
+        total_steps: int | None,
+        first_step: int,
+        url: str | None = None,
+        operator: OperatorLink | None = None,
+    ) -> None:
         self._run = run
         self._url = url
+        self._operator = operator
         self._latest: ProgressState | None = None
         self._changed = threading.Event()
         self._closing = threading.Event()
@@ -66,6 +88,8 @@ class ProgressReporter:
     def update(self, state: ProgressState) -> None:
         self._latest = state
         self._changed.set()
+        if self._operator is not None:
+            self._operator.update(state)
         if self._bar is not None and self._task is not None:
             loss = "" if state.loss is None else f"loss {state.loss:.4f}"
             pace = "" if state.seconds_per_step is None else f"{state.seconds_per_step:.3g} s/step"
@@ -76,7 +100,11 @@ class ProgressReporter:
         self.update(state)
         self._closing.set()
         self._changed.set()
+        if self._operator is not None:
+            self._operator.close(state, timeout_seconds=min(timeout_seconds, _LAST_REPORT_SECONDS))
         self._thread.join(timeout_seconds)
+        if self._operator is not None:
+            self._operator.join()
         if self._bar is not None:
             self._bar.stop()
 

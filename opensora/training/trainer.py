@@ -15,6 +15,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -44,9 +45,10 @@ from opensora.training.control import StopControl
 from opensora.training.ema import EMA
 from opensora.training.failures import translated
 from opensora.training.metrics import MetricsWriter, peak_memory_gib, peak_tflops
+from opensora.training.operator_link import OperatorLink
 from opensora.training.optim import ShardedAdamW, learning_rate
 from opensora.training.position import Position
-from opensora.training.progress import ProgressReporter, ProgressState
+from opensora.training.progress import ProgressReporter, ProgressState, State
 from opensora.training.state import checkpoint_tensors, exported_tensors, trainable_parameters
 from opensora.training.step import DiffusionStep, WeightedLoss, num_tokens
 from opensora.training.watchdog import Watchdog
@@ -94,9 +96,11 @@ class Trainer:
         watchdog: Watchdog,
         parts: Parts,
         sampler: Sampler | None = None,
+        operator: OperatorLink | None = None,
     ) -> None:
         self.config, self.world, self.run, self.attempt = config, world, run, attempt
         self.control, self.watchdog = control, watchdog
+        self.requests = operator.requests if operator is not None else None
         self.position, self.clock = position, position.clock
         self.sampler = sampler
 
@@ -153,15 +157,22 @@ class Trainer:
         self._restore()
 
         self._durations: deque[float] = deque(maxlen=50)
+        self._num_samples: deque[int] = deque(maxlen=50)
         self._seconds_before: dict[Phase, float] = {}
         self._last_loss: float | None = None
+        self._state: State = "Starting"
+        self._samples_step: int | None = None
+        self._num_checkpoints_asked = 0
+        """Requests for a checkpoint that are carried out."""
         self.metrics: MetricsWriter | None = None
         self.progress: ProgressReporter | None = None
         if world.is_main:
             self.metrics = MetricsWriter(run, attempt=attempt, config=config.report, run_config=asdict(config))
             self.progress = ProgressReporter(
-                run, total_steps=self.total_steps, first_step=self.step, url=config.report.progress_url
-            )
+                run, total_steps=self.total_steps, first_step=self.step, url=config.report.progress_url,
+                operator=operator,
+            )  # fmt: skip
+            self._update_progress(self._state)
 
     # ------------------------------------------------------------------------------------------------- loop
 
@@ -214,10 +225,10 @@ class Trainer:
         if config.checkpoint.every_steps and self.step % config.checkpoint.every_steps == 0:
             self._save()
         if config.validation.every_steps and (self.step % config.validation.every_steps == 0 or last):
-            with self.clock("validation"):
+            with self.clock("validation"), self._showing("Evaluating"):
                 self._validate()
         if self.sampler and config.samples.every_steps and (self.step % config.samples.every_steps == 0 or last):
-            with self.clock("sampling"):
+            with self.clock("sampling"), self._showing("Sampling"):
                 self._sample()
 
     # ------------------------------------------------------------------------------------------------- step
@@ -235,7 +246,7 @@ class Trainer:
         denominator, samples, tokens = 0.0, 0, 0
         for slot, batch in enumerate(self._batches(work, slots, self.catalogue)):
             if slot == 0:
-                self._agree_to_go_on(not self.control.requested)
+                self._agree_to_begin()
             last = slot == slots - 1
             self._synchronise_gradients(shards_weights or last)
             if batch is None:
@@ -319,6 +330,24 @@ class Trainer:
             module.set_requires_gradient_sync(wanted, recurse=False)
             module.set_reshard_after_backward(wanted, recurse=False)
 
+    def _agree_to_begin(self) -> None:
+        """Begin the step, unless one of the ranks was asked to stop; before it, save if rank 0 was asked to.
+
+        Both travel in one collective. The state is that of the last step: nothing of this one is computed yet.
+        """
+        asked = self.requests.num_checkpoints if self.requests is not None else 0
+        with self.clock("imbalance"), self._translated():
+            stop, asked = self.world.max([self.control.requested, asked])
+        if asked > self._num_checkpoints_asked and self.step > 0:
+            self._num_checkpoints_asked = asked
+            if self.saved_step != self.step:
+                self._save()
+            if self.requests is not None:
+                ticket = self._ticket
+                self.requests.saving(asked, lambda: ticket is None or ticket.committed)
+        if stop:
+            self._stop()
+
     def _agree_to_go_on(self, willing: bool) -> None:
         """Go on with the step only if all ranks are willing; else stop, all of them, with the last step's state."""
         with self.clock("imbalance"), self._translated():
@@ -330,6 +359,7 @@ class Trainer:
         self.position.step = self.step
         self.position.set_clips(None)
         free_gathered_weights(self.model)
+        self._update_progress("Stopping")
         if self.saved_step != self.step and self.step > 0:
             self._save()
         with self.clock("saving"):
@@ -363,6 +393,7 @@ class Trainer:
         self.cursor = self.plans.after(Cursor(epoch=work.epoch, step=work.step))
         self.watchdog.step_done()
         self._durations.append(seconds)
+        self._num_samples.append(result.num_samples)
         self._last_loss = result.loss
         if self.metrics is None:
             return
@@ -387,7 +418,7 @@ class Trainer:
         }
         logs = self.step % self.config.train.log_every == 0 or self._finished()
         self.metrics.write(self.step, values, everywhere=logs)
-        self._update_progress("training")
+        self._update_progress("Training")
         if logs and not (self.progress and self.progress.has_bar):
             logger.info(
                 "step %d/%s  loss %.4f  grad norm %.3g  lr %.3g  %.3g s/step",
@@ -399,23 +430,35 @@ class Trainer:
         peak = peak_tflops(self.world.device)
         return {"tflops": tflops} | ({"mfu": tflops / (peak * self.world.size)} if peak else {})
 
-    def _update_progress(self, phase: str) -> None:
-        if self.progress is not None:
-            self.progress.update(self._progress_state(phase))
+    @contextmanager
+    def _showing(self, state: State) -> Iterator[None]:
+        """Say for the length of a block what is done in it."""
+        outer = self._state
+        self._update_progress(state)
+        yield
+        self._update_progress(outer)
 
-    def _progress_state(self, phase: str) -> ProgressState:
+    def _update_progress(self, state: State) -> None:
+        self._state = state
+        if self.progress is not None:
+            self.progress.update(self._progress_state("training", state))
+
+    def _progress_state(self, phase: str, state: State) -> ProgressState:
         pace = statistics.mean(self._durations) if self._durations else None
         return ProgressState(
             phase=phase,
+            state=state,
             step=self.step,
             total_steps=self.total_steps,
             epoch=self.cursor.epoch,
             loss=self._last_loss if self._last_loss is not None and math.isfinite(self._last_loss) else None,
             seconds_per_step=pace,
+            samples_per_second=sum(self._num_samples) / sum(self._durations) if self._durations else None,
             eta_seconds=None if pace is None else pace * (self.total_steps - self.step),
             goodput=self.clock.goodput(),
             attempt=self.attempt,
             checkpoint_step=self._committed_step(),
+            samples_step=self._samples_step,
             updated=time.time(),
         )
 
@@ -432,7 +475,7 @@ class Trainer:
         if self.skips is not None:
             self.skips.close()
         if self.progress is not None:
-            self.progress.close(self._progress_state(outcome))
+            self.progress.close(self._progress_state(outcome, "Stopping"))
 
     # --------------------------------------------------------------------------- saving, validating, sampling
 
@@ -443,7 +486,7 @@ class Trainer:
             "updates": self.optimizer.num_updates,
             "micro_batches_per_step": self.micro_batches_per_step,
         }
-        with self.clock("saving"), self._translated():
+        with self.clock("saving"), self._showing("Saving"), self._translated():
             self._ticket = self.checkpoints.save(
                 dict(checkpoint_tensors(self.model, self.optimizer, self.ema)), step=self.step, metadata=metadata
             )
@@ -551,10 +594,13 @@ class Trainer:
         """Sample with the averaged weights, if they are kept."""
         assert self.sampler is not None, "called only with a sampler"
         self.model.eval()
+        stopped = False
 
         def should_stop() -> bool:
+            nonlocal stopped
             self.watchdog.beat()
-            return self.world.any(self.control.requested)
+            stopped = self.world.any(self.control.requested)
+            return stopped
 
         try:
             if self.ema is None:
@@ -565,6 +611,8 @@ class Trainer:
                     free_gathered_weights(self.model)
         finally:
             free_gathered_weights(self.model)
+        if not stopped:
+            self._samples_step = self.step
 
     # ------------------------------------------------------------------------------------------ construction
 

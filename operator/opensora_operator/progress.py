@@ -18,6 +18,8 @@ MAX_BODY_BYTES = 64 * 1024
 Phase = Literal["training", "done", "stopped", "failed"]
 State = Literal["Starting", "Training", "Evaluating", "Saving", "Sampling", "Stopping"]
 
+_INTERVAL_SECONDS = 15.0
+"""Longest time between two reports: commands wait for the next one."""
 _COMMANDS = ("checkpoint", "dump")
 """Requests with an id, which a run carries out once each."""
 _ID = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9._]{0,62}[A-Za-z0-9])?")
@@ -151,7 +153,7 @@ class LiveRun:
     pod_uids: frozenset[str]
     """The pods of this attempt: they alone may report."""
     heartbeat_seconds: float
-    """How often rank 0 reports when nothing else makes it (`watchdog.heartbeatSeconds`)."""
+    """Longest time between two reports that the spec allows (`watchdog.heartbeatSeconds`)."""
     requests: Mapping[str, Any]
     """`spec.requests`."""
     answered: Mapping[str, Any]
@@ -167,7 +169,10 @@ class RunDirectory(Protocol):
 
 def reply_to(report: ProgressReport, run: LiveRun) -> Object:
     """What rank 0 is answered: when to report again, and what is asked of the run."""
-    return {"heartbeat_seconds": run.heartbeat_seconds, **command_for(run.requests, run.answered, report)}
+    return {
+        "interval_seconds": min(_INTERVAL_SECONDS, run.heartbeat_seconds),
+        **command_for(run.requests, run.answered, report),
+    }
 
 
 def command_for(requests: Mapping[str, Any], answered: Mapping[str, Any], report: ProgressReport) -> Object:

@@ -24,8 +24,9 @@ PATIENCE = 10.0
 
 def state(step: int, **changes: Any) -> ProgressState:
     values: dict[str, Any] = {
-        "phase": "training", "step": step, "total_steps": 10, "epoch": 1, "loss": 0.5, "seconds_per_step": 2.0,
-        "eta_seconds": 2.0 * (10 - step), "goodput": 0.9, "attempt": 3, "checkpoint_step": None, "updated": 1e9,
+        "phase": "training", "state": "Training", "step": step, "total_steps": 10, "epoch": 1, "loss": 0.5,
+        "seconds_per_step": 2.0, "samples_per_second": 4.0, "eta_seconds": 2.0 * (10 - step), "goodput": 0.9,
+        "attempt": 3, "checkpoint_step": None, "samples_step": None, "updated": 1e9,
     }  # fmt: skip
     return ProgressState(**{**values, **changes})
 
