@@ -64,6 +64,7 @@ class Operator:
         try:
             await self._cluster.open()
             await self._health.start(self._settings.http_address, self._settings.http_port)
+            await self._runtime.prepare()
             if await self._is_our_turn():
                 await self._work()
         finally:

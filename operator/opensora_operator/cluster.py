@@ -77,6 +77,8 @@ class Resource:
         return "/" + "/".join(parts)
 
 
+_LEASES = "leases"
+
 RESOURCES: tuple[Resource, ...] = (
     Resource(API_VERSION, "TrainingRun", "trainingruns"),
     Resource(API_VERSION, "SampleJob", "samplejobs"),
@@ -91,7 +93,7 @@ RESOURCES: tuple[Resource, ...] = (
     Resource("v1", "Node", "nodes", namespaced=False),
     Resource("networking.k8s.io/v1", "NetworkPolicy", "networkpolicies"),
     Resource("events.k8s.io/v1", "Event", "events"),
-    Resource("coordination.k8s.io/v1", "Lease", "leases"),
+    Resource("coordination.k8s.io/v1", "Lease", _LEASES),
     Resource("authentication.k8s.io/v1", "TokenReview", "tokenreviews", namespaced=False),
     Resource("scheduling.volcano.sh/v1beta1", "PodGroup", "podgroups"),
     Resource("scheduling.x-k8s.io/v1alpha1", "PodGroup", "podgroups"),
@@ -195,7 +197,9 @@ class Cluster:
             **({"labelSelector": labels} if labels else {}),
         }
         timeout = aiohttp.ClientTimeout(sock_connect=_CONNECT_SECONDS, sock_read=_SILENCE_SECONDS)
-        async with self._request("watch", resource_of(kind), namespace, query=query, timeout=timeout) as response:
+        resource = resource_of(kind)
+        path = resource.path(namespace)
+        async with self._request("watch", resource.plural, path, query=query, timeout=timeout) as response:
             try:
                 async for line in response.content:
                     event = json.loads(line)
@@ -257,13 +261,16 @@ class Cluster:
     async def serves(self, api_version: str) -> frozenset[str]:
         """The kinds that the server has in a group; empty where it has no such group."""
         try:
-            async with self._request("get", Resource(api_version, "APIResourceList", ""), None) as response:
-                answer = json.loads(await response.read())
+            answer = await self._answer("get", "discovery", f"/apis/{api_version}")
         except ApiError as error:
             if error.code == 404:
                 return frozenset()
             raise
         return frozenset(found["kind"] for found in answer["resources"])
+
+    async def read(self, path: str) -> Object:
+        """What the server has at a path that belongs to no kind. Raises ApiError."""
+        return await self._answer("get", "public", path)
 
     async def _write(self, verb: str, resource: Resource, *arguments: Any, **options: Any) -> Object:
         """The one place through which all writes go."""
@@ -275,25 +282,29 @@ class Cluster:
         resource: Resource,
         namespace: str | None,
         name: str | None = None,
+        *,
+        subresource: str | None = None,
         **options: Any,
     ) -> Object:
+        what = resource.plural if subresource is None else f"{resource.plural}/{subresource}"
+        return await self._answer(verb, what, resource.path(namespace, name, subresource), **options)
+
+    async def _answer(self, verb: str, what: str, path: str, **options: Any) -> Object:
         timeout = aiohttp.ClientTimeout(total=_REQUEST_SECONDS, sock_connect=_CONNECT_SECONDS)
-        async with self._request(verb, resource, namespace, name, timeout=timeout, **options) as response:
+        async with self._request(verb, what, path, timeout=timeout, **options) as response:
             try:
                 answer: Object = json.loads(await response.read())
             except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-                raise ApiError(0, f"the answer to {verb} {resource.plural} was cut: {error!r}") from error
+                raise ApiError(0, f"the answer to {verb} {what} was cut: {error!r}") from error
         return answer
 
     @contextlib.asynccontextmanager
     async def _request(
         self,
         verb: str,
-        resource: Resource,
-        namespace: str | None,
-        name: str | None = None,
+        what: str,
+        path: str,
         *,
-        subresource: str | None = None,
         query: Mapping[str, str] | None = None,
         body: Object | None = None,
         content: str = "application/json",
@@ -301,10 +312,8 @@ class Cluster:
         later: bool = False,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """Send a request and raise ApiError unless it succeeds."""
-        if resource.kind != "Lease":  # a leader that has much to do stays the leader
+        if what != _LEASES:  # a leader that has much to do stays the leader
             await self._limit.acquire(later=later)
-        what = resource.plural if subresource is None else f"{resource.plural}/{subresource}"
-        path = resource.path(namespace, name, subresource).rstrip("/")
         if verb in ("create", "update", "patch"):
             query = {**(query or {}), "fieldManager": MANAGER}
         code = 0

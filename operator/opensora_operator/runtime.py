@@ -9,6 +9,7 @@ import time
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 
+from opensora_operator.channel import ProgressChannel
 from opensora_operator.cluster import ApiError, Cluster
 from opensora_operator.constants import API_VERSION
 from opensora_operator.controller import Controller
@@ -49,6 +50,8 @@ class Runtime:
         self._store = Store()
         self._queue = Queue()
         self._recorder = Recorder(cluster, identity=settings.identity)
+        book = ProgressBook()
+        self._channel = ProgressChannel(settings, cluster, self._store, book, on_report=self._reported)
         self._controller = Controller(
             cluster=cluster,
             store=self._store,
@@ -58,7 +61,8 @@ class Runtime:
             kinds=kinds,
             pace=ProgressPace(per_second=settings.progress_writes_per_second),
             resync_seconds=settings.resync_seconds,
-            book=ProgressBook(),
+            book=book,
+            platform=lambda: self._channel.platform,
         )
         self._watching = Watching(cluster, self._store, concern=self.concern, namespaces=settings.namespaces)
         self._tasks: list[asyncio.Task[None]] = []
@@ -67,6 +71,10 @@ class Runtime:
         """Gets the exception of a part that ended, which none does by itself."""
         metrics.watch_queue(depth=self._queue.__len__, oldest_seconds=self._queue.oldest_seconds)
         metrics.watch_objects(lambda: (body for kind in kinds for body in self._store.objects(kind)))
+
+    async def prepare(self) -> None:
+        """Before this replica leads: nobody is to take it for the leader."""
+        await self._channel.retire()
 
     async def start(self) -> None:
         """Start to work, once the cluster knows our kinds and we know its Jobs and pods."""
@@ -79,6 +87,8 @@ class Runtime:
         for event in synced:
             await event.wait()
         await self._know(PROFILES)
+        await self._channel.start()
+        self._start(self._channel.keep())
         self._start(self._recorder.send())
         self._start(self._resync())
         for _ in range(self._settings.concurrency):
@@ -92,6 +102,7 @@ class Runtime:
             async with asyncio.timeout(_STOP_SECONDS if tasks else 0):
                 await self._queue.drain()
                 await self._recorder.flush()
+        await self._channel.stop()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -106,6 +117,9 @@ class Runtime:
     def concern(self, key: Key) -> None:
         """Something about an object is new."""
         self._controller.concern(key)
+
+    def _reported(self, key: Key) -> None:
+        self._queue.add(key, later=True)
 
     def problem(self) -> str:
         """Why a leader that says it works does not; empty when it does."""

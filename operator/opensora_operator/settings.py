@@ -54,8 +54,12 @@ class Settings:
     """How many requests may be sent at once."""
     progress_writes_per_second: float = 5.0
     """How many statuses may be written only because steps advance, for all objects together."""
+    progress_service: str = ""
+    """The Service in the operator's namespace by which runs reach it with their progress; empty takes no progress."""
+    progress_port: int = 9443
+    """The port of that Service and of the server behind it."""
     http_address: str = "0.0.0.0"
-    """Where /metrics and /healthz are served."""
+    """Where /metrics, /healthz and progress are served."""
     http_port: int = 8080
     """Their port; 0 takes a free one and logs it."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
