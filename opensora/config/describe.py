@@ -18,6 +18,7 @@ from typing import Any
 from opensora.config.documents import write_yaml
 from opensora.config.opensora_keys import SAMPLE_RULES, TRAIN_RULES, KeyRule
 from opensora.config.sample import SampleConfig
+from opensora.config.search import SearchConfig
 from opensora.config.train import TrainConfig
 from opensora.config.typed import component_types, field_default, field_types, settings_classes, type_text
 
@@ -105,6 +106,8 @@ def reference_page() -> str:
     parts += [_table(section) for section in training if not section.types]
     parts += ["## Sampling\n", _SAMPLING]
     parts += [_table(section) for section in sampling if not section.types]
+    parts += ["## Batch-size search\n", _SEARCH]
+    parts += [_table(section) for section in sections_of(SearchConfig)]
     parts += ["## Components\n", _COMPONENTS]
     parts += [_table(section) for section in training if section.types]
     parts += [_OPEN_SORA, "### Training keys and flags\n", _rule_table(TRAIN_RULES)]
@@ -160,8 +163,8 @@ _REQUIRED = "required"
 _INTRODUCTION = """\
 # Settings
 
-All settings of `python -m opensora.train` and `python -m opensora.sample`, with their types and defaults. A setting
-that is not in a config has its default; an unknown one is an error.
+All settings of `python -m opensora.train`, `python -m opensora.sample` and `python -m opensora.search_batch_size`, with
+their types and defaults. A setting that is not in a config has its default; an unknown one is an error.
 
 <!-- Written by `python -m opensora.config.describe --write`. Edit the dataclasses in opensora/config/ instead. -->
 
@@ -199,6 +202,11 @@ command line replaces the other of the file.
 _SAMPLING = """\
 `python -m opensora.sample --run DIR --prompt "a waterfall"` needs nothing more: what is not given comes from the run.
 Without a run, a config holds the components below, `num_frames`, and `image_size` or `resolution` with `aspect_ratio`.
+"""
+
+_SEARCH = """\
+`python -m opensora.search_batch_size CONFIG` takes the config, flags and overrides of a training, and these settings,
+each as a flag: `--memory-budget 2GiB`. [How to use it](../guides/find-batch-sizes.md).
 """
 
 _COMPONENTS = """\

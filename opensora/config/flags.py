@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from opensora.config.describe import describe_key, help_text
 from opensora.config.opensora_keys import SAMPLE_RULES, TRAIN_RULES, KeyRule
 from opensora.config.sample import SampleConfig
+from opensora.config.search import SearchConfig
 from opensora.config.train import TrainConfig
 from opensora.config.typed import field_types
 from opensora.errors import UsageError
@@ -25,6 +26,15 @@ class CommandLine:
     overrides: tuple[str, ...]
     flags: dict[str, Any]
     """Open-Sora's key → value, for the flags that were given."""
+
+
+@dataclass(frozen=True)
+class SearchCommandLine:
+    """What was typed for the batch-size search: the training config, and the search's own settings."""
+
+    train: CommandLine
+    search: dict[str, Any]
+    """Setting → value, for the flags that were given."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +121,21 @@ SAMPLE_FLAGS = (
     _Flag("--camera-motion"),
 )
 
+SEARCH_FLAGS = (
+    _Flag("--bucket", count="+", metavar="RESOLUTION/FRAMES"),
+    _Flag("--output"),
+    _Flag("--objective"),
+    _Flag("--step-seconds", float),
+    _Flag("--headroom-percent", float),
+    _Flag("--max-batch", int),
+    _Flag("--memory-budget"),
+    _Flag("--nproc-per-node", int),
+    _Flag("--untimed-steps", int),
+    _Flag("--timed-steps", int),
+    _Flag("--probe-timeout-seconds", float),
+    _Flag("--known", count="+"),
+)
+
 
 def parse_train_command(arguments: Sequence[str]) -> CommandLine:
     """The command line of `python -m opensora.train`. `--help` prints and exits 0.
@@ -134,6 +159,28 @@ def parse_sample_command(arguments: Sequence[str]) -> CommandLine:
     )
 
 
+def parse_search_command(arguments: Sequence[str]) -> SearchCommandLine:
+    """The command line of `python -m opensora.search_batch_size`: that of the training, and flags of the search.
+
+    `--help` prints and exits 0.
+
+    Raises:
+        UsageError: an unknown flag, or a value that does not fit it.
+    """
+    line = _parse(
+        TrainConfig,
+        "python -m opensora.search_batch_size",
+        "Find the batch size of every bucket of a training config, measured on this machine.",
+        (*SEARCH_FLAGS, *TRAIN_FLAGS),
+        TRAIN_RULES,
+        arguments,
+        also=SearchConfig,
+    )
+    mine = {key: value for key, value in line.flags.items() if key in field_types(SearchConfig)}
+    others = {key: value for key, value in line.flags.items() if key not in mine}
+    return SearchCommandLine(CommandLine(line.config, line.overrides, others), mine)
+
+
 class _Parser(argparse.ArgumentParser):
     """Raises our error instead of ending the process with code 2."""
 
@@ -142,8 +189,16 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(
-    cls: type, program: str, purpose: str, flags: Sequence[_Flag], rules: Sequence[KeyRule], arguments: Sequence[str]
+    cls: type,
+    program: str,
+    purpose: str,
+    flags: Sequence[_Flag],
+    rules: Sequence[KeyRule],
+    arguments: Sequence[str],
+    *,
+    also: type | None = None,
 ) -> CommandLine:
+    """Parse; `also` has the settings that are flags alone."""
     parser = _Parser(
         prog=program,
         usage=f"{program} [CONFIG] [flags] [key=value …]",
@@ -154,7 +209,8 @@ def _parse(
     )
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="a .yaml, .yml, .json or .py file")
     for flag in flags:
-        text = _flag_help(cls, flag.key, rules).replace("%", "%%")
+        owner = also if also is not None and flag.key in field_types(also) else cls
+        text = _flag_help(owner, flag.key, rules).replace("%", "%%")
         if flag.kind is None:
             parser.add_argument(flag.name, action="store_const", const=True, help=text)
         else:

@@ -11,10 +11,18 @@ from opensora.config.documents import Document, KeyPath, describe, parse_documen
 from opensora.config.opensora_keys import SAMPLE_RULES, TRAIN_RULES, KeyRule, map_file_keys, map_flags
 from opensora.config.overrides import apply_overrides
 from opensora.config.sample import SampleConfig
+from opensora.config.search import SearchConfig
 from opensora.config.train import TrainConfig
 from opensora.config.typed import Problem, build, config_from_mapping, raise_problems
 
-__all__ = ["config_from_mapping", "dump_config", "load_sample_config", "load_train_config", "parse_train_config"]
+__all__ = [
+    "config_from_mapping",
+    "dump_config",
+    "load_sample_config",
+    "load_search_config",
+    "load_train_config",
+    "parse_train_config",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +56,15 @@ def load_sample_config(
     """The settings of sampling; arguments and errors as for `load_train_config`."""
     document = read_document(path) if path is not None else Document("command line", {})
     return _load(SampleConfig, document, SAMPLE_RULES, flags or {}, overrides, _SAMPLE_RIVALS)
+
+
+def load_search_config(flags: Mapping[str, Any]) -> SearchConfig:
+    """The settings of the batch-size search, which are flags alone.
+
+    Raises:
+        ConfigError: with everything that is wrong.
+    """
+    return config_from_mapping(SearchConfig, flags, source="command line")
 
 
 def parse_train_config(text: str, *, source: str, overrides: Sequence[str] = ()) -> TrainConfig:

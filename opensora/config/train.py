@@ -57,6 +57,9 @@ class DataConfig:
     """Folder that relative paths of the catalogue start from; the catalogue's own folder unless given."""
     bucket_config: BucketTable = field(default_factory=dict)
     """Resolution → frames → (probability, batch size), in Open-Sora's syntax."""
+    batch_table: str | None = None
+    """Table of `python -m opensora.search_batch_size`, local or in a bucket: its batch sizes replace those of
+    `bucket_config`. They are written into the run's `config.yaml`, which therefore needs no table."""
     frame_interval: int = 1
     """Every n-th frame of a clip is used."""
     transform: Literal["resize_crop", "center"] = "resize_crop"

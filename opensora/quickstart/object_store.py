@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib.metadata
 import json
 import logging
 import os
 import secrets
-import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from opensora.errors import MissingExtraError, StorageAccessError, StorageError
+from opensora.processes import die_with_parent
 
 logger = logging.getLogger(__name__)
 
@@ -248,16 +245,3 @@ def _is_free(port: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def die_with_parent() -> Callable[[], None] | None:
-    """What the child does before it becomes the server: ask Linux to kill it when this process (its thread) ends."""
-    if not sys.platform.startswith("linux"):
-        return None
-    libc = ctypes.CDLL(None)  # loaded here: between fork and exec little is safe
-    set_death_signal = 1  # PR_SET_PDEATHSIG in <sys/prctl.h>
-
-    def ask() -> None:
-        libc.prctl(set_death_signal, signal.SIGKILL)
-
-    return ask

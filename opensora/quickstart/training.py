@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +13,13 @@ import psutil
 
 from opensora import records
 from opensora.errors import ObjectNotFoundError, OpenSoraError
-from opensora.quickstart.object_store import die_with_parent
+from opensora.processes import running
 from opensora.storage import Storage
 
 NUM_RANKS = 2
 _POLL_SECONDS = 0.2
 _STOP_SECONDS = 60.0
-"""How long a program may take to stop in order; ranks save first."""
+"""How long killed processes may take to end."""
 
 
 class ProgramFailedError(OpenSoraError):
@@ -31,24 +28,6 @@ class ProgramFailedError(OpenSoraError):
     def __init__(self, command: Sequence[str], code: int) -> None:
         super().__init__(f"{command[1]} {command[2]} ended with exit code {code}", hint="see its messages above")
         self.exit_code = code  # type: ignore[assignment]  # whatever it was
-
-
-@contextmanager
-def running(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a program; it never outlasts the block, nor this process.
-
-    Ctrl-C reaches this process alone, which then asks the program to stop and waits for it.
-    """
-    process = subprocess.Popen(command, process_group=0, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent())
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_STOP_SECONDS)
-            process.kill()
-            process.wait()
 
 
 def run_program(*arguments: str) -> None:
