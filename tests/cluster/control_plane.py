@@ -8,6 +8,7 @@ import json
 import secrets
 import ssl
 import subprocess
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -238,11 +239,12 @@ class ControlPlane:
         A watch has two events: of stage `ResponseStarted`, and `ResponseComplete` at its end.
         """
         user = None if identity is None else self._identities[identity].user
+        last = self._mark_audit_log()
         with open(self.audit_log, "rb") as file:
             file.seek(since)
             for line in file:
-                if not line.endswith(b"\n"):
-                    return  # still being written
+                if last in line or not line.endswith(b"\n"):  # the latter is still being written
+                    return
                 event: dict[str, Any] = json.loads(line)
                 if user is None or event["user"]["username"] == user:
                     yield event
@@ -358,6 +360,23 @@ class ControlPlane:
             "--kube-api-qps=200",
             "--kube-api-burst=400",
         ]
+
+    def _mark_audit_log(self) -> bytes:
+        """Make an event, whose text this returns, and wait for it: events come a moment after the answers."""
+        mark = secrets.token_hex(16)
+        with contextlib.suppress(OSError):  # the server does not run, and has written all it had
+            self.request("GET", f"/version?mark={mark}")
+            deadline = time.monotonic() + _START_SECONDS
+            while mark.encode() not in self._audit_tail():
+                if time.monotonic() > deadline:
+                    raise StartError("the audit log has no event of a request that was answered")
+                time.sleep(0.01)
+        return mark.encode()
+
+    def _audit_tail(self) -> bytes:
+        with open(self.audit_log, "rb") as file:
+            file.seek(max(0, self.audit_mark() - 2**20))
+            return file.read()
 
     def _launch(self, name: str, *flags: str) -> Process:
         process = Process(name, [self._programs / name, *flags], self.logs / f"{name}.log")

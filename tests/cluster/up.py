@@ -63,23 +63,27 @@ def _run() -> None:
     """Run the cluster until a signal says that it is enough."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
-    with contextlib.suppress(KeyboardInterrupt), _only_one():
+    with contextlib.suppress(KeyboardInterrupt), _only_one(), contextlib.ExitStack() as exits:
         if reason := why_not():
             raise StartError(reason)
         build.ensure("kube", "pause", "coredns", "helm")
         shutil.rmtree(_FOLDER, ignore_errors=True)
         _FOLDER.mkdir()
-        with Cluster(_FOLDER) as cluster:
-            cluster.load_image(images.write_python_image(_FOLDER / "trainer.tar"))
-            plane = cluster.control_plane
-            _ENVIRONMENT.write_text(f'export KUBECONFIG="{plane.kubeconfig()}"\nexport PATH="{plane.bin}:$PATH"\n')
-            print(_READY.format(environment=_ENVIRONMENT, logs=_FOLDER / "logs"), flush=True)
-            try:
-                signal.pause()
-            finally:
-                _ENVIRONMENT.unlink()
-                print("\ncluster: ending", flush=True)
-        shutil.rmtree(_FOLDER, ignore_errors=True)
+        exits.callback(shutil.rmtree, _FOLDER, ignore_errors=True)
+        cluster = exits.enter_context(Cluster(_FOLDER))
+        exits.callback(_say_goodbye)
+        cluster.load_image(images.write_python_image(_FOLDER / "trainer.tar"))
+        plane = cluster.control_plane
+        _ENVIRONMENT.write_text(f'export KUBECONFIG="{plane.kubeconfig()}"\nexport PATH="{plane.bin}:$PATH"\n')
+        print(_READY.format(environment=_ENVIRONMENT, logs=cluster.logs), flush=True)
+        signal.pause()
+
+
+def _say_goodbye() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # an impatient second one would leave half of it behind
+    _ENVIRONMENT.unlink(missing_ok=True)
+    print("\ncluster: ending", flush=True)
 
 
 def _start_in_background() -> None:
