@@ -52,6 +52,9 @@ Uri = Annotated[
         "s3://bucket/path, or a path in the container",
     ),
 ]
+ConfigFile = Annotated[str, Length(1, 1024), Pattern("[^:\\x00-\\x1f\\x7f]+\\.(py|ya?ml|json)")]
+Override = Annotated[str, Length(3, 1024), Pattern("[A-Za-z_][^=\\s]*=.*")]
+Prompt = Annotated[str, Length(1, 2048), Pattern("[^\\x00-\\x08\\x0a-\\x1f\\x7f]*")]
 Message = Annotated[str, Length(0, 4096)]
 Reason = Annotated[str, Length(1, 64), Pattern("[A-Z][A-Za-z]*")]
 NodeName = ObjectName
@@ -97,11 +100,9 @@ class ConfigSource:
     """The config itself, as YAML."""
     ref: ConfigMapRef | None = None
     """A key of a ConfigMap that holds the config as YAML. It is read once, when the run starts."""
-    file: Annotated[str, Length(1, 1024), Pattern("[^:\\x00-\\x1f\\x7f]+\\.(py|ya?ml|json)")] | None = None
+    file: ConfigFile | None = None
     """A file inside the image: `.py`, `.yaml` or `.json`."""
-    overrides: Annotated[
-        tuple[Annotated[str, Length(3, 1024), Pattern("[A-Za-z_][^=\\s]*=.*")], ...], MaxItems(64)
-    ] = ()
+    overrides: Annotated[tuple[Override, ...], MaxItems(64)] = ()
     """Changes such as `optim.lr=1e-4`, applied in this order after everything else."""
 
 
@@ -201,10 +202,6 @@ class Elastic:
 
     allowed_nodes: Annotated[tuple[Annotated[int, Bounds(1, 4096)], ...], MaxItems(16)]
     """From the largest to the smallest. An attempt that finds no place goes down this list."""
-
-    rules: ClassVar[tuple[Rule, ...]] = (
-        Rule("self.allowedNodes.size() > 0", "allowedNodes is empty: name at least one number of nodes"),
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -509,7 +506,7 @@ class ResolvedStatus:
 class ProgressStatus:
     """How far the run is. Numbers are rounded, so that they change only when it matters."""
 
-    state: Literal["Training", "Compiling", "Evaluating", "Saving", "Sampling", "Stopping", "Ended"] | None = None
+    state: Literal["Starting", "Training", "Evaluating", "Saving", "Sampling", "Stopping", "Ended"] | None = None
     """What rank 0 does."""
     step: Count | None = None
     """Optimiser steps done."""
@@ -527,6 +524,8 @@ class ProgressStatus:
     """Mean of the last steps."""
     loss: Decimal | None = None
     """Loss of the last step."""
+    samples_per_second: Decimal | None = None
+    """Clips that all ranks train on in a second."""
     goodput_percent: Annotated[int, Bounds(0, 100)] | None = None
     """Share of the time that went into steps that count."""
     last_update: Time | None = None
@@ -687,8 +686,8 @@ class CheckpointSource:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfigSource:
-    """Settings of sampling beyond those of the spec."""
+class SampleConfigSource(ConfigSource):
+    """Settings of sampling beyond those of the spec: at most one source, and changes to it."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -696,17 +695,6 @@ class SampleConfigSource:
             "give at most one config source: inline, ref or file",
         ),
     )
-
-    inline: Annotated[str, Length(1, 131_072)] | None = None
-    """The config itself, as YAML."""
-    ref: ConfigMapRef | None = None
-    """A key of a ConfigMap that holds the config as YAML."""
-    file: Annotated[str, Length(1, 1024), Pattern("[^:\\x00-\\x1f\\x7f]+\\.(py|ya?ml|json)")] | None = None
-    """A file inside the image: `.py`, `.yaml` or `.json`."""
-    overrides: Annotated[
-        tuple[Annotated[str, Length(3, 1024), Pattern("[A-Za-z_][^=\\s]*=.*")], ...], MaxItems(64)
-    ] = ()
-    """Changes such as `align=5`, applied in this order after everything else."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -718,7 +706,7 @@ class Prompts:
         Rule("!has(self.inline) || self.inline.size() > 0", "prompts.inline is empty: give at least one prompt"),
     )
 
-    inline: Annotated[tuple[Annotated[str, Length(1, 2048), Pattern("[^\\r\\n]*")], ...], MaxItems(512)] | None = None
+    inline: Annotated[tuple[Prompt, ...], MaxItems(512)] | None = None
     """The prompts."""
     ref: ConfigMapRef | None = None
     """ConfigMap with the prompts, one a line."""
@@ -1084,41 +1072,6 @@ class TrainingProfileSpec:
     """Queue and placement."""
     pod_template: PodTemplate = field(default_factory=PodTemplate)
     """What is added to the pods."""
-
-
-# ------------------------------------------------------------------------------------------------------------ progress
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProgressReport:
-    """What rank 0 posts, and writes to `progress.json`. Its keys are the Python names."""
-
-    phase: Literal["training", "done", "stopped", "failed"]
-    """`training`, or how the attempt ended."""
-    step: Count
-    """Optimiser steps done."""
-    total_steps: Count | None = None
-    """Steps in all; None where epochs decide."""
-    epoch: Count = 0
-    """Passes over the catalogue done."""
-    loss: float | None = None
-    """Loss of the last step."""
-    seconds_per_step: Annotated[float, Bounds(0, 1e9)] | None = None
-    """Mean of the last steps."""
-    eta_seconds: Annotated[float, Bounds(0, 1e12)] | None = None
-    """Time to the end."""
-    goodput: Annotated[float, Bounds(0, 1)] = 0.0
-    """Share of the time that went into steps that count."""
-    attempt: Count
-    """Number of the attempt that reports."""
-    checkpoint_step: Count | None = None
-    """Newest step that was saved completely."""
-    updated: Annotated[float, Bounds(0, 1e12)]
-    """Unix time of the report."""
-    state: Literal["Training", "Compiling", "Evaluating", "Saving", "Sampling", "Stopping"] = "Training"
-    """What rank 0 does."""
-    samples_step: Count | None = None
-    """Step of the newest round of samples."""
 
 
 # --------------------------------------------------------------------------------------------------------------- kinds

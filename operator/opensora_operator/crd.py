@@ -33,8 +33,9 @@ SCHEMA_HASH = f"{GROUP}/schema-hash"
 MAX_NAME = 48
 _NAME_RULE = {
     "rule": f"self.metadata.name.size() <= {MAX_NAME} && self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
-    "message": f"metadata.name must have at most {MAX_NAME} characters out of a-z, 0-9 and -, begin with a letter and "
-    "not end with -: the names of pods are made from it",
+    "message": f"at most {MAX_NAME} characters out of a-z, 0-9 and -, a letter first and no - at the end: the names of "
+    "pods are made from it",
+    "fieldPath": ".metadata.name",
 }
 
 
@@ -152,7 +153,7 @@ def _root_schema(kind: Kind) -> Schema:
     properties: Schema = {
         "apiVersion": {"type": "string", "description": f"`{GROUP}/{VERSION}`."},
         "kind": {"type": "string", "description": f"`{kind.name}`."},
-        "metadata": {"type": "object"},
+        "metadata": {"type": "object", "properties": {"name": {"type": "string"}}},
         "spec": {"description": (kind.spec.__doc__ or "").strip(), **object_schema(kind.spec)},
     }
     root: Schema = {"type": "object", "description": kind.doc, "required": ["spec"], "properties": properties}

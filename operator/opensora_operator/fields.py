@@ -79,6 +79,8 @@ class Rule:
     message: str
     message_expression: str | None = None
     """CEL that makes the message, where it names the value; `message` stands in where that fails."""
+    field: str | None = None
+    """Name on the wire of the field that a rule over a class is about."""
 
 
 class TimeMarker:
@@ -94,7 +96,7 @@ Quantity = Annotated[
     str,
     QuantityMarker(),
     Length(1, 32),
-    Pattern("([0-9]+(\\.[0-9]*)?|\\.[0-9]+)([KMGTPE]i|[numkMGTPE]|[eE][-+]?[0-9]+)?"),
+    Pattern("([0-9]+(\\.[0-9]*)?|\\.[0-9]+)([KMGTPE]i|[numkMGTPE]|e[-+]?[0-9]+)?"),
 ]
 
 
@@ -183,17 +185,18 @@ def camel_case(name: str) -> str:
 
 
 def docs_of(cls: type) -> dict[str, str]:
-    """Field name → the string below it."""
+    """Field name → the string below it, of the class and of what it inherits from."""
     docs: dict[str, str] = {}
-    body = _classes(sys.modules[cls.__module__])[cls.__name__].body
-    for statement, following in itertools.pairwise(body):
-        if (
-            isinstance(statement, ast.AnnAssign)
-            and isinstance(statement.target, ast.Name)
-            and isinstance(following, ast.Expr)
-            and isinstance(following.value, ast.Constant)
-        ):
-            docs[statement.target.id] = " ".join(str(following.value.value).split())
+    for base in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
+        body = _classes(sys.modules[base.__module__])[base.__name__].body
+        for statement, following in itertools.pairwise(body):
+            if (
+                isinstance(statement, ast.AnnAssign)
+                and isinstance(statement.target, ast.Name)
+                and isinstance(following, ast.Expr)
+                and isinstance(following.value, ast.Constant)
+            ):
+                docs[statement.target.id] = " ".join(str(following.value.value).split())
     return docs
 
 

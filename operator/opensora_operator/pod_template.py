@@ -281,8 +281,7 @@ class VolumeMount:
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
-            "!(self.mountPath in ['/dev/shm', '/tmp']) && !self.mountPath.startsWith('/etc/opensora') "
-            "&& !self.mountPath.startsWith('/var/run/opensora')",
+            "!self.mountPath.matches('^/+(tmp|dev/+shm|(etc|var/+run)/+opensora(/.*)?)/*$')",
             "the operator mounts something here: choose another path",
             "self.mountPath + ' is mounted by the operator: choose another path'",
         ),

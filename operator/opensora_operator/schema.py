@@ -51,7 +51,7 @@ def object_schema(cls: type, *, with_defaults: bool = True) -> Schema:
     if required:
         schema["required"] = required
     changes = [
-        Rule(cel=_unchanged(info.wire_name), message=marker.message)
+        Rule(_unchanged(info.wire_name), marker.message, field=info.wire_name)
         for info in infos
         for marker in info.markers
         if isinstance(marker, Immutable) and is_optional(info.hint)
@@ -62,7 +62,7 @@ def object_schema(cls: type, *, with_defaults: bool = True) -> Schema:
 
 def _field_schema(info: FieldInfo, doc: str, with_defaults: bool) -> Schema:
     hint, markers = unwrap_optional(info.hint, info.markers)
-    schema = {"description": doc, **_value_schema(hint, markers, with_defaults)}
+    schema = {"description": doc, **_value_schema(hint, markers, with_defaults=with_defaults)}
     if with_defaults and not info.is_required:
         if is_optional(info.hint):
             assert info.default is None, f"{info.name}: null and a default would be two words for the same"
@@ -78,17 +78,18 @@ def _field_schema(info: FieldInfo, doc: str, with_defaults: bool) -> Schema:
     return schema
 
 
-def _value_schema(hint: Any, markers: tuple[Any, ...], with_defaults: bool) -> Schema:
+def _value_schema(hint: Any, markers: tuple[Any, ...], *, with_defaults: bool) -> Schema:
     rules = [marker for marker in markers if isinstance(marker, Rule)]
     schema: Schema
     if dataclasses.is_dataclass(hint):
         assert isinstance(hint, type)
         schema = object_schema(hint, with_defaults=with_defaults)
     elif typing.get_origin(hint) is tuple:
-        item = _value_schema(*split(typing.get_args(hint)[0]), with_defaults)
+        # With defaults inside of items, `kubectl apply` of an unchanged file would always find the list changed.
+        item = _value_schema(*split(typing.get_args(hint)[0]), with_defaults=False)
         schema = {"type": "array", "maxItems": _only(MaxItems, markers).le, "items": item, **_list_type(markers)}
     elif typing.get_origin(hint) is dict:
-        value = _value_schema(*split(typing.get_args(hint)[1]), with_defaults)
+        value = _value_schema(*split(typing.get_args(hint)[1]), with_defaults=with_defaults)
         schema = {"type": "object", "maxProperties": _only(MaxItems, markers).le, "additionalProperties": value}
     else:
         schema, pattern_rules = _scalar_schema(hint, markers)
@@ -162,6 +163,8 @@ def _validation(rule: Rule) -> Schema:
     validation = {"rule": rule.cel, "message": rule.message}
     if rule.message_expression is not None:
         validation["messageExpression"] = rule.message_expression
+    if rule.field is not None:
+        validation["fieldPath"] = f".{rule.field}"
     return validation
 
 

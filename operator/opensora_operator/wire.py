@@ -53,7 +53,7 @@ def to_wire(value: Any) -> dict[str, Any]:
     return plain
 
 
-def from_wire(cls: type[T], value: Any, *, path: str = "", camel_case: bool = True) -> T:
+def from_wire(cls: type[T], value: Any, *, path: str = "") -> T:
     """An object of the API from plain JSON values. Unknown keys are ignored; what is missing or null has its default.
 
     Bounds and patterns are the API server's to check.
@@ -62,14 +62,13 @@ def from_wire(cls: type[T], value: Any, *, path: str = "", camel_case: bool = Tr
         cls: a class of `api.py`.
         value: what the API server stores.
         path: what error messages put before the names of fields.
-        camel_case: whether keys are wire names; the Python names otherwise, as in a progress report.
 
     Raises:
         WireError: a required value is missing, or a value has the wrong type.
     """
     kind: type = cls
     try:
-        converted: T = _decode_object(kind, camel_case)(value)
+        converted: T = _decode_object(kind)(value)
     except WireError as error:
         raise (error.below(path) if path else error) from None
     return converted
@@ -113,14 +112,9 @@ def _encoder(hint: Any, markers: tuple[Any, ...]) -> Convert | None:
 
 
 @functools.cache
-def _decode_object(cls: type, camel_case: bool) -> Convert:
-    fields = tuple(
-        (info.name, info.wire_name if camel_case else info.name, _decoder(info.hint, info.markers, camel_case))
-        for info in fields_of(cls)
-    )
-    required = tuple(
-        (name, key) for info, (name, key, _) in zip(fields_of(cls), fields, strict=True) if info.is_required
-    )
+def _decode_object(cls: type) -> Convert:
+    fields = tuple((info.name, info.wire_name, _decoder(info.hint, info.markers)) for info in fields_of(cls))
+    required = tuple((info.name, info.wire_name) for info in fields_of(cls) if info.is_required)
 
     def decode(value: Any) -> Any:
         if not isinstance(value, Mapping):
@@ -141,18 +135,18 @@ def _decode_object(cls: type, camel_case: bool) -> Convert:
     return decode
 
 
-def _decoder(hint: Any, markers: tuple[Any, ...], camel_case: bool) -> Convert:
+def _decoder(hint: Any, markers: tuple[Any, ...]) -> Convert:
     hint, markers = unwrap_optional(hint, markers)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return _decode_object(hint, camel_case)
+        return _decode_object(hint)
     if any(isinstance(marker, TimeMarker) for marker in markers):
         return _decode_time
     if any(isinstance(marker, QuantityMarker) for marker in markers):
         return _decode_quantity
     if typing.get_origin(hint) is tuple:
-        return functools.partial(_decode_list, _decoder(*split(typing.get_args(hint)[0]), camel_case))
+        return functools.partial(_decode_list, _decoder(*split(typing.get_args(hint)[0])))
     if typing.get_origin(hint) is dict:
-        return functools.partial(_decode_map, _decoder(*split(typing.get_args(hint)[1]), camel_case))
+        return functools.partial(_decode_map, _decoder(*split(typing.get_args(hint)[1])))
     if typing.get_origin(hint) is Literal or is_int_or_text(hint):
         return functools.partial(_decode_word, words_of(hint), is_int_or_text(hint))
     return _SCALARS[hint]
