@@ -81,6 +81,10 @@ volumeMounts:
 - --requests-per-second={{ .Values.reconcile.clientQPS }}
 - --requests-burst={{ .Values.reconcile.clientBurst }}
 - --progress-writes-per-second={{ .Values.progress.writesPerSecond }}
+{{- if .Values.progress.enabled }}
+- --progress-service={{ include "opensora-operator.fullname" . }}-progress
+- --progress-port={{ .Values.progress.port }}
+{{- end }}
 - --http-port={{ .Values.metrics.port }}
 - --log-level={{ .Values.logging.level }}
 - --log-format={{ .Values.logging.format }}

@@ -1,5 +1,15 @@
 {{- /* Written by `python -m opensora_operator.packaging` from operator/opensora_operator/permissions.py. */ -}}
 {{- define "opensora-operator.rules.own" -}}
+- apiGroups: ['']
+  resources: [secrets]
+  verbs: [create]
+- apiGroups: ['']
+  resources: [secrets]
+  verbs: [get, update]
+  resourceNames: [opensora-operator-progress-ca]
+- apiGroups: ['']
+  resources: [pods]
+  verbs: [patch]
 - apiGroups: [coordination.k8s.io]
   resources: [leases]
   verbs: [get, create, update]
@@ -40,6 +50,9 @@
 - apiGroups: ['']
   resources: [nodes]
   verbs: [get]
+- apiGroups: [authentication.k8s.io]
+  resources: [tokenreviews]
+  verbs: [create]
 {{- end }}
 {{- define "opensora-operator.rules.view" -}}
 - apiGroups: [opensora.dev]

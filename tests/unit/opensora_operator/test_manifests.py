@@ -79,6 +79,8 @@ def test_the_pod_runs_with_settings_that_exist() -> None:
     settings = read_settings(container().get("args", []), {**environment, "POD_NAMESPACE": "here", "POD_NAME": "me"})
     assert (settings.own_namespace, settings.identity) == ("here", "me")
     assert settings.leader_election
+    assert settings.progress_service == only("Service")["metadata"]["name"]
+    assert settings.progress_port == only("Service")["spec"]["ports"][0]["port"]
 
 
 def test_the_progress_service_selects_the_leader_alone() -> None:
