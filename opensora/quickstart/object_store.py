@@ -38,11 +38,28 @@ class ObjectStore:
     """A SeaweedFS server that keeps its data in a folder. A context manager; it also ends with this process on Linux.
 
     `start` after `stop` or `kill` continues with the same data, address and keys.
+
+    Args:
+        folder: where it keeps everything.
+        address: where S3 is served; all its other services stay on this machine.
+        port: of S3; a free one unless given.
+        access_key: by which clients are known.
+        secret_key: a new one unless given.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.access_key = "quickstart"
-        self.secret_key = secrets.token_hex(16)
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        address: str = _HOST,
+        port: int | None = None,
+        access_key: str = "quickstart",
+        secret_key: str | None = None,
+    ) -> None:
+        self.access_key = access_key
+        self.secret_key = secret_key or secrets.token_hex(16)
+        self._address = address
+        self._port = port
         self._folder = folder.absolute()  # the server has a working folder of its own
         self.log_path = self._folder / "weed.log"
         """What the server said."""
@@ -61,12 +78,18 @@ class ObjectStore:
     @property
     def endpoint_url(self) -> str:
         """Where the server answers, once it has been started."""
-        return f"http://{_HOST}:{self._ports['s3']}"
+        host = _HOST if self._address in ("", "0.0.0.0") else self._address
+        return f"http://{host}:{self._ports['s3']}"
 
     @property
     def pid(self) -> int | None:
         """Process id of the running server."""
         return self._process.pid if self._process else None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the server has not ended."""
+        return self._process is not None and self._process.poll() is None
 
     def environment(self) -> dict[str, str]:
         """The variables by which any S3 client finds this server."""
@@ -86,7 +109,7 @@ class ObjectStore:
         fixed = bool(self._ports)
         for attempt in range(_START_TRIES):
             if not fixed:
-                self._ports = _free_ports()
+                self._ports = _free_ports() | ({} if self._port is None else {"s3": self._port})
             self._launch(weed)
             if self._wait_until_ready():
                 return
@@ -161,7 +184,7 @@ class ObjectStore:
         )
         command = [
             str(weed), "server", f"-ip={_HOST}", f"-ip.bind={_HOST}", f"-dir={self._folder / 'data'}",
-            "-s3", f"-s3.port={self._ports['s3']}", f"-s3.config={identities}",
+            "-s3", f"-s3.ip.bind={self._address}", f"-s3.port={self._ports['s3']}", f"-s3.config={identities}",
             f"-master.port={self._ports['master']}", f"-volume.port={self._ports['volume']}",
             f"-filer.port={self._ports['filer']}", "-volume.max=0", "-master.volumeSizeLimitMB=64",
             "-master.electionTimeout=1s",  # else a restart spends 20 s on electing the only candidate
