@@ -1,14 +1,19 @@
-"""Container images without a registry: archives written by hand, and a Python that comes from the node."""
+"""Container images without a registry: archives written by hand, and a Python that comes from the node.
+
+The project's images hold next to nothing. The nodes' container runtime mounts into every container what they would
+hold: the system's libraries, the interpreter, the virtual environment and this repository. So manifests, chart and
+samples run as they are, with what is installed and checked out here.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
-import os
 import platform
 import sys
 import tarfile
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +21,16 @@ from typing import Any
 import build
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+_PROJECT: dict[str, Any] = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 PAUSE = "opensora-pause:test"
-TRAINER = "opensora-trainer:test"
+OPERATOR = f"opensora-operator:{_PROJECT['version']}"
+TRAINER = f"opensora-trainer:{_PROJECT['version']}"
 USER = 65532
-"""Whom pods run as."""
+"""Whom the project's images run as."""
+_ENVIRONMENT = "/opt/opensora"
+"""Where containers see the virtual environment."""
+_SOURCE = "/opt/source"
+"""Where containers see this repository."""
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
@@ -29,107 +40,111 @@ def write_image(
     files: Mapping[str, bytes],
     *,
     programs: Sequence[str] = (),
-    entrypoint: Sequence[str] = (),
-    environment: Mapping[str, str] | None = None,
-    user: str = "",
+    links: Mapping[str, str] | None = None,
+    **config: Any,
 ) -> Path:
-    """Write an image of one layer as `docker save` would. `programs` names those files that can be executed."""
+    """Write an image of one layer, as `docker save` would.
+
+    `programs` names those of the files that can be executed; `config` is the image's own: Entrypoint, Env, User, …
+    """
     layer = io.BytesIO()
     with tarfile.open(fileobj=layer, mode="w") as archive:
         for file_name, content in sorted(files.items()):
             _add(archive, file_name, content, 0o755 if file_name in programs else 0o644)
-        _add_folder(archive, "tmp", 0o1777)
-    config = {
+        for link, target in sorted((links or {}).items()):
+            _add_special(archive, link, tarfile.SYMTYPE, 0o777, target)
+        _add_special(archive, "tmp", tarfile.DIRTYPE, 0o1777)
+    description = {
         "architecture": _ARCHITECTURES.get(platform.machine(), platform.machine()),
         "os": "linux",
-        "config": {
-            "Entrypoint": list(entrypoint),
-            "Env": [f"{key}={value}" for key, value in (environment or {}).items()],
-            "User": user,
-            "WorkingDir": "/tmp",
-        },
+        "config": config,
         "rootfs": {"type": "layers", "diff_ids": [f"sha256:{hashlib.sha256(layer.getvalue()).hexdigest()}"]},
     }
     manifest = [{"Config": "config.json", "RepoTags": [name], "Layers": ["layer.tar"]}]
     with tarfile.open(path, mode="w") as archive:
         _add(archive, "layer.tar", layer.getvalue())
-        _add(archive, "config.json", json.dumps(config).encode())
+        _add(archive, "config.json", json.dumps(description).encode())
         _add(archive, "manifest.json", json.dumps(manifest).encode())
     return path
 
 
-def write_pause_image(path: Path) -> Path:
-    """The image that keeps each pod's sandbox open."""
-    program = (build.ensure("pause") / "pause").read_bytes()
-    return write_image(path, PAUSE, {"pause": program}, programs=["pause"], entrypoint=["/pause"], user=str(USER))
+def write_images(folder: Path) -> list[Path]:
+    """Write what every node needs: the image that keeps pods' sandboxes open, and the project's two."""
+    pause = (build.ensure("pause") / "pause").read_bytes()
+    return [
+        write_image(folder / "pause.tar", PAUSE, {"pause": pause}, programs=["pause"], Entrypoint=["/pause"]),
+        _write_project_image(folder / "operator.tar", OPERATOR, ["opensora-operator"]),
+        _write_project_image(folder / "trainer.tar", TRAINER, ["python", "-m", "opensora.launch"]),
+    ]
 
 
-def write_python_image(path: Path, name: str = TRAINER) -> Path:
-    """An image with next to nothing in it. Its pods mount `python_mounts`, and `python` is the one that runs this."""
+def runtime_mounts() -> list[dict[str, Any]]:
+    """What the nodes' runtime mounts into every container, as the runtime's own configuration says it."""
+    places = ["/usr", "/bin", "/lib", "/lib64", "/etc/ssl", "/etc/ld.so.cache", "/etc/alternatives"]
+    if not Path(sys.base_prefix).is_relative_to("/usr"):
+        places.append(sys.base_prefix)  # where the virtual environment's links lead to
+    sources = {place: place for place in places} | {_ENVIRONMENT: sys.prefix, _SOURCE: str(REPOSITORY)}
+    return [
+        {"destination": destination, "type": "bind", "source": source, "options": ["rbind", "ro"]}
+        for destination, source in sources.items()
+        if Path(source).exists()
+    ]
+
+
+def restricted_pod(command: Sequence[str], **container: Any) -> dict[str, Any]:
+    """A pod spec that runs a command once in the trainer's image; `container` replaces parts of its container.
+
+    It keeps to the `restricted` profile of the Pod Security Standards.
+    """
+    main = {
+        "name": "main",
+        "image": TRAINER,
+        "command": list(command),
+        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+    }
+    return {
+        "restartPolicy": "Never",
+        "automountServiceAccountToken": False,
+        "terminationGracePeriodSeconds": 1,
+        "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
+        "containers": [main | container],
+    }
+
+
+def _write_project_image(path: Path, name: str, entrypoint: Sequence[str]) -> Path:
+    """As the Dockerfiles in docker/ make it, but for what the runtime mounts."""
     files = {
         "etc/passwd": f"root:x:0:0::/root:/bin/sh\nopensora:x:{USER}:{USER}::/tmp:/bin/sh\n".encode(),
         "etc/group": f"root:x:0:\nopensora:x:{USER}:\n".encode(),
         "etc/nsswitch.conf": b"passwd: files\ngroup: files\nhosts: files dns\n",
     }
+    # Those in the virtual environment name its interpreter by the path that it has on the node.
+    scripts = {f"opt/bin/{script}": _script(*entry.split(":")) for script, entry in _PROJECT["scripts"].items()}
     environment = {
-        "PATH": f"{Path(sys.prefix) / 'bin'}:/usr/local/bin:/usr/bin:/bin",
+        "PATH": f"/opt/bin:{_ENVIRONMENT}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        "PYTHONPATH": ":".join([_SOURCE, *(f"{_SOURCE}/{folder}" for folder in ("operator", "cli"))]),
         "HOME": "/tmp",
-        "PYTHONDONTWRITEBYTECODE": "1",  # what is mounted is read-only
         "PYTHONUNBUFFERED": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
     }
-    return write_image(path, name, files, environment=environment, user=f"{USER}:{USER}")
+    return write_image(
+        path,
+        name,
+        files | scripts,
+        programs=list(scripts),
+        links={"workspace/configs": f"{_SOURCE}/configs"},
+        Entrypoint=list(entrypoint),
+        Env=[f"{key}={value}" for key, value in environment.items()],
+        User=f"{USER}:{USER}",
+        WorkingDir="/workspace",
+    )
 
 
-def python_mounts() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Volumes and volume mounts, for a pod template, that bring this Python with all its packages from the node.
-
-    The system's libraries, the interpreter, the virtual environment and this repository, at their own paths, read-only.
-    """
-    wanted = ["/usr", "/bin", "/lib", "/lib64", "/etc/ssl", "/etc/ld.so.cache", "/etc/alternatives"]
-    wanted += [sys.base_prefix, sys.prefix, str(REPOSITORY)]
-    paths: list[str] = []
-    for path in sorted(wanted):  # a folder comes before what it contains
-        inside = any(Path(path).is_relative_to(outer) for outer in paths)
-        if os.path.exists(path) and not inside:
-            paths.append(path)
-    names = [
-        f"node{path.replace('/', '-').replace('.', '-').replace('_', '-').lower()}"[:63].rstrip("-") for path in paths
-    ]
-    volumes = [{"name": name, "hostPath": {"path": path}} for name, path in zip(names, paths, strict=True)]
-    mounts = [{"name": name, "mountPath": path, "readOnly": True} for name, path in zip(names, paths, strict=True)]
-    return volumes, mounts
-
-
-def restricted() -> tuple[dict[str, Any], dict[str, Any]]:
-    """Security contexts of a pod and of its containers: as little as hostPath volumes leave possible."""
-    user = {"runAsNonRoot": True, "runAsUser": USER, "runAsGroup": USER, "fsGroup": USER}
-    return user | {"seccompProfile": {"type": "RuntimeDefault"}}, {
-        "allowPrivilegeEscalation": False,
-        "capabilities": {"drop": ["ALL"]},
-    }
-
-
-def python_pod(command: Sequence[str], **container: Any) -> dict[str, Any]:
-    """A pod spec that runs a command once in the trainer image; `container` replaces parts of its container."""
-    volumes, mounts = python_mounts()
-    pod_security, container_security = restricted()
-    return {
-        "restartPolicy": "Never",
-        "automountServiceAccountToken": False,
-        "terminationGracePeriodSeconds": 1,
-        "securityContext": pod_security,
-        "volumes": volumes,
-        "containers": [
-            {
-                "name": "main",
-                "image": TRAINER,
-                "command": list(command),
-                "volumeMounts": mounts,
-                "securityContext": container_security,
-            }
-            | container
-        ],
-    }
+def _script(module: str, function: str) -> bytes:
+    """What calls a function as a program."""
+    return (
+        f"#!{_ENVIRONMENT}/bin/python\nimport sys\n\nfrom {module} import {function}\n\nsys.exit({function}())\n"
+    ).encode()
 
 
 def _add(archive: tarfile.TarFile, name: str, content: bytes, mode: int = 0o644) -> None:
@@ -138,7 +153,7 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes, mode: int = 0o644)
     archive.addfile(member, io.BytesIO(content))
 
 
-def _add_folder(archive: tarfile.TarFile, name: str, mode: int) -> None:
+def _add_special(archive: tarfile.TarFile, name: str, kind: bytes, mode: int, target: str = "") -> None:
     member = tarfile.TarInfo(name)
-    member.type, member.mode = tarfile.DIRTYPE, mode
+    member.type, member.mode, member.linkname = kind, mode, target
     archive.addfile(member)

@@ -293,8 +293,18 @@ class Node:
         networks = self.disk / "networks"
         networks.mkdir(exist_ok=True)
         (networks / "pods.conflist").write_text(json.dumps(network))
+        container = json.loads(self.run("ctr", "oci", "spec"))
+        container["mounts"] += images.runtime_mounts()
+        (self.disk / "container.json").write_text(json.dumps(container))
         path = self.disk / "containerd.toml"
-        path.write_text(_CONTAINERD_CONFIG.format(pause=images.PAUSE, plugins=_plugin_folder(), networks=networks))
+        path.write_text(
+            _CONTAINERD_CONFIG.format(
+                pause=images.PAUSE,
+                plugins=_plugin_folder(),
+                networks=networks,
+                container=self.disk / "container.json",
+            )
+        )
         return path
 
     def _kubelet_config(self) -> dict[str, Any]:
@@ -337,9 +347,10 @@ class Node:
 
 
 class Cluster:
-    """A control plane and nodes, with names for services. A context manager; on Linux it also ends with this process.
+    """A control plane and nodes, with names for services. A context manager; it also ends with this process.
 
-    Pods reach servers of this machine at `host_address`, and this machine reaches pods and services at their addresses.
+    The nodes have the images of `images.write_images`. Pods reach servers of this machine at `host_address`, and this
+    machine reaches pods and services at their addresses.
     """
 
     def __init__(self, folder: Path, *, names: Sequence[str] = ("node-a", "node-b"), **control_plane: Any) -> None:
@@ -393,7 +404,8 @@ class Cluster:
         self._exits.callback(self._remove_nodes)
         for node in self.nodes.values():
             node.start_runtime()
-        self.load_image(images.write_pause_image(self.folder / "pause.tar"))
+        for archive in images.write_images(self.folder):
+            self.load_image(archive)
         self.control_plane = ControlPlane(
             self.folder / "control-plane",
             address=self.host_address,
@@ -462,6 +474,8 @@ snapshotter = "native"
 default_runtime_name = "runc"
 [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
 runtime_type = "io.containerd.runc.v2"
+# What every container starts from: here, with mounts of this machine's Python.
+base_runtime_spec = "{container}"
 """
 
 _COREFILE = """\

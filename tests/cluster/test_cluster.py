@@ -27,9 +27,7 @@ _SECONDS = 120.0
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if reason := why_not():
         pytest.skip(reason)
-    folder = tmp_path_factory.mktemp("cluster")
-    with Cluster(folder) as cluster:
-        cluster.load_image(images.write_python_image(folder / "trainer.tar"))
+    with Cluster(tmp_path_factory.mktemp("cluster")) as cluster:
         yield cluster
 
 
@@ -37,7 +35,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def namespace(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[str]:
     """A namespace of the test's own, without waiting for its end."""
     name = request.node.name.replace("_", "-")[:50].strip("-")
-    cluster.control_plane.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    cluster.control_plane.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})
     _until(lambda: _exists(cluster, f"/api/v1/namespaces/{name}/serviceaccounts/default"))
     yield name
     cluster.control_plane.kubectl("delete", "namespace", name, "--wait=false")
@@ -58,13 +57,19 @@ def test_pods_run_the_project_with_torch_and_without_privileges(cluster: Cluster
     code = (
         "import os, opensora, torch; print(torch.arange(3).sum().item(), os.getuid(), open('/proc/self/status').read())"
     )
-    _run_pod(cluster, namespace, "trainer", ["python", "-c", code])
+    _run_pod(cluster, namespace, "trainer", images.restricted_pod(["python", "-c", code]))
     output = cluster.control_plane.kubectl("logs", "--namespace", namespace, "trainer")
     assert output.startswith(f"3 {images.USER} ")
     status = dict(line.split(":\t", 1) for line in output.splitlines()[1:] if ":\t" in line)
     assert int(status["CapBnd"], 16) == 0
     assert status["NoNewPrivs"].strip() == "1"
     assert status["Seccomp"].strip() == "2"
+
+
+def test_the_operator_s_image_has_its_program(cluster: Cluster, namespace: str) -> None:
+    pod = images.restricted_pod(["opensora-operator", "--help"], image=images.OPERATOR)
+    _run_pod(cluster, namespace, "operator", pod)
+    assert "--kubeconfig" in cluster.control_plane.kubectl("logs", "--namespace", namespace, "operator")
 
 
 def test_pods_of_a_job_on_both_nodes_reach_each_other_by_name(cluster: Cluster, namespace: str) -> None:
@@ -87,7 +92,7 @@ def test_pods_of_a_job_on_both_nodes_reach_each_other_by_name(cluster: Cluster, 
     )
     selector = {"matchLabels": {"job-name": "pair"}}
     apart = [{"topologyKey": "kubernetes.io/hostname", "labelSelector": selector}]
-    pod = images.python_pod(["python", "-c", code]) | {
+    pod = images.restricted_pod(["python", "-c", code]) | {
         "subdomain": "pair",
         "affinity": {"podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": apart}},
     }
@@ -120,7 +125,7 @@ def test_pods_of_a_job_on_both_nodes_reach_each_other_by_name(cluster: Cluster, 
 def test_services_answer_pods_and_this_machine(cluster: Cluster, namespace: str) -> None:
     server = "import http.server as h; h.ThreadingHTTPServer(('', 8000), h.SimpleHTTPRequestHandler).serve_forever()"
     plane = cluster.control_plane
-    pod = _pod(namespace, "web", images.python_pod(["python", "-c", server]) | {"nodeName": "node-b"})
+    pod = _pod(namespace, "web", images.restricted_pod(["python", "-c", server]) | {"nodeName": "node-b"})
     pod["metadata"]["labels"] = {"app": "web"}
     spec = {"selector": {"app": "web"}, "ports": [{"port": 80, "targetPort": 8000}]}
     service = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "web", "namespace": namespace}, "spec": spec}
@@ -128,7 +133,7 @@ def test_services_answer_pods_and_this_machine(cluster: Cluster, namespace: str)
     address = plane.request("GET", f"/api/v1/namespaces/{namespace}/services/web")["spec"]["clusterIP"]
     _until(lambda: _answers(f"http://{address}/"))
     code = "import urllib.request as u; print(u.urlopen('http://web/', timeout=20).status)"
-    _run_pod(cluster, namespace, "client", ["python", "-c", code], nodeName="node-a")
+    _run_pod(cluster, namespace, "client", images.restricted_pod(["python", "-c", code]) | {"nodeName": "node-a"})
     assert plane.kubectl("logs", "--namespace", namespace, "client") == "200\n"
     assert plane.kubectl("exec", "--namespace", namespace, "web", "--", "id", "-u") == f"{images.USER}\n"
 
@@ -144,7 +149,7 @@ def test_pods_reach_a_server_of_this_machine(cluster: Cluster, namespace: str) -
             assert server.stdout is not None
             port = server.stdout.readline().split(" port ")[1].split()[0]
             code = f"import urllib.request as u; u.urlopen('http://{cluster.host_address}:{port}/', timeout=20)"
-            _run_pod(cluster, namespace, "client", ["python", "-c", code])
+            _run_pod(cluster, namespace, "client", images.restricted_pod(["python", "-c", code]))
         finally:
             server.kill()
 
@@ -160,7 +165,7 @@ def test_a_dead_node_takes_its_pods_along_and_comes_back(cluster: Cluster, names
     _until(lambda: _is_evicted(cluster, namespace))
     node.restart()
     _until(lambda: not _exists(cluster, f"/api/v1/namespaces/{namespace}/pods/sleeper"))
-    _run_pod(cluster, namespace, "after", ["python", "-c", ""], nodeName="node-b")
+    _run_pod(cluster, namespace, "after", images.restricted_pod(["python", "-c", ""]) | {"nodeName": "node-b"})
 
 
 def test_pods_of_a_partitioned_node_live_on_until_it_comes_back(cluster: Cluster, namespace: str) -> None:
@@ -187,7 +192,7 @@ def test_kueue_admits_what_fits_and_preempts_for_what_matters_more(cluster: Clus
     )
 
     def submit(name: str, **spec: str) -> None:
-        pod = images.python_pod(["sleep", "600"], resources={"requests": {"cpu": "100m"}}) | spec
+        pod = images.restricted_pod(["sleep", "600"], resources={"requests": {"cpu": "100m"}}) | spec
         metadata = {"name": name, "namespace": namespace, "labels": {QUEUE_LABEL: "queue"}}
         job = {"suspend": True, "template": {"spec": pod}}
         plane.apply({"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": job})
@@ -269,16 +274,16 @@ def _phase(cluster: Cluster, namespace: str, name: str) -> str:
     return str(cluster.control_plane.request("GET", f"/api/v1/namespaces/{namespace}/pods/{name}")["status"]["phase"])
 
 
-def _run_pod(cluster: Cluster, namespace: str, name: str, command: list[str], **spec: str) -> None:
+def _run_pod(cluster: Cluster, namespace: str, name: str, spec: dict[str, Any]) -> None:
     """Run a pod until it has succeeded."""
-    cluster.control_plane.apply(_pod(namespace, name, images.python_pod(command) | spec))
+    cluster.control_plane.apply(_pod(namespace, name, spec))
     _until(lambda: _phase(cluster, namespace, name) in ("Succeeded", "Failed"))
     assert _phase(cluster, namespace, name) == "Succeeded", cluster.control_plane.kubectl("logs", "-n", namespace, name)
 
 
 def _start_sleeper(cluster: Cluster, namespace: str, node: str) -> list[psutil.Process]:
     """Start a pod `sleeper` on a node; returns its processes, but for the one that holds its sandbox."""
-    spec = images.python_pod(["sleep", "12345"]) | {"nodeName": node}
+    spec = images.restricted_pod(["sleep", "12345"]) | {"nodeName": node}
     cluster.control_plane.apply(_pod(namespace, "sleeper", spec))
     _until(lambda: _phase(cluster, namespace, "sleeper") == "Running")
     return [process for process in cluster.nodes[node].processes() if process.name() == "sleep"]

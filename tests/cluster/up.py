@@ -21,7 +21,6 @@ import time
 from collections.abc import Iterator
 
 import build
-import images
 from nodes import Cluster, why_not
 from processes import StartError
 
@@ -72,7 +71,6 @@ def _run() -> None:
         exits.callback(shutil.rmtree, _FOLDER, ignore_errors=True)
         cluster = exits.enter_context(Cluster(_FOLDER))
         exits.callback(_say_goodbye)
-        cluster.load_image(images.write_python_image(_FOLDER / "trainer.tar"))
         plane = cluster.control_plane
         _ENVIRONMENT.write_text(f'export KUBECONFIG="{plane.kubeconfig()}"\nexport PATH="{plane.bin}:$PATH"\n')
         print(_READY.format(environment=_ENVIRONMENT, logs=cluster.logs), flush=True)
