@@ -86,7 +86,8 @@ class Requests:
         self._dump = dump
         self._checkpoints: list[str] = []
         self._newest_dump: str | None = None
-        self._saved: tuple[str, Callable[[], bool]] | None = None
+        self._save: tuple[str, int, Callable[[], bool]] | None = None
+        self._saved_step: int | None = None
         self._carried_out: dict[str, str] = {}
         self._complained = False
 
@@ -107,15 +108,20 @@ class Requests:
         """How many checkpoints have been asked for."""
         return len(self._checkpoints)
 
-    def saving(self, number: int, is_committed: Callable[[], bool]) -> None:
-        """The first `number` requests for a checkpoint are carried out once this is true."""
-        self._saved = self._checkpoints[number - 1], is_committed
+    def saving(self, number: int, *, step: int, is_committed: Callable[[], bool]) -> None:
+        """The first `number` requests for a checkpoint are carried out, with this step, once this is true."""
+        self._save = self._checkpoints[number - 1], step, is_committed
 
     def carried_out(self) -> dict[str, str]:
         """Kind of request → id of the newest one that is done."""
-        if self._saved is not None and self._saved[1]():
-            self._carried_out["checkpoint"] = self._saved[0]
+        if self._save is not None and self._save[2]():
+            self._carried_out["checkpoint"], self._saved_step, _ = self._save
         return dict(self._carried_out)
+
+    @property
+    def saved_step(self) -> int | None:
+        """The step that was saved on request, once it is; the loop learns of a commit one step later."""
+        return self._saved_step
 
     def _id(self, reply: Mapping[str, Any], name: str) -> str | None:
         value = reply.get(name)
@@ -201,12 +207,11 @@ class OperatorLink:
 
     def _report(self, state: ProgressState) -> None:
         milestones = self._milestones(state)
+        carried_out = self.requests.carried_out()
+        steps = [step for step in (state.checkpoint_step, self.requests.saved_step) if step is not None]
+        state = replace(state, state=self._state_of(state), checkpoint_step=max(steps, default=None))
         self._sequence += 1
-        message = {
-            **asdict(replace(state, state=self._state_of(state))),
-            "sequence": self._sequence,
-            "requests": self.requests.carried_out(),
-        }
+        message = {**asdict(state), "sequence": self._sequence, "requests": carried_out}
         try:
             reply = self._post(json.dumps(message).encode())
         except (OSError, http.client.HTTPException, ValueError) as error:

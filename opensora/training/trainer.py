@@ -344,7 +344,7 @@ class Trainer:
                 self._save()
             if self.requests is not None:
                 ticket = self._ticket
-                self.requests.saving(asked, lambda: ticket is None or ticket.committed)
+                self.requests.saving(asked, step=self.step, is_committed=lambda: ticket is None or ticket.committed)
         if stop:
             self._stop()
 

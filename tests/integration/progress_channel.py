@@ -1,4 +1,4 @@
-"""The operator's end of the progress channel for tests: the real server and real TLS, beside a cluster that is pretended.
+"""The operator's end of the progress channel for tests: the real server and real TLS, beside a pretended cluster.
 
 Tokens look like those of Kubernetes. The pretended API server believes those that it has made itself.
 """
