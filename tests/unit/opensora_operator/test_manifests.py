@@ -35,11 +35,10 @@ def container() -> dict[str, Any]:
     return found
 
 
-def test_everything_but_samples_is_installed() -> None:
+def test_definitions_and_operator_are_installed_and_nothing_else() -> None:
     files = {path.relative_to(MANIFESTS).as_posix() for path in MANIFESTS.rglob("*.yaml")}
-    assert set(kustomization()) == {
-        path for path in files if not path.startswith("samples/") and path != "kustomization.yaml"
-    }
+    assert set(kustomization()) == {path for path in files if path.startswith(("crds/", "operator/"))}
+    assert {path.split("/")[0] for path in files - set(kustomization())} == {"kustomization.yaml", "samples", "trial"}
 
 
 def test_the_namespace_comes_before_what_is_in_it() -> None:
@@ -96,3 +95,16 @@ def test_roles_are_bound_to_the_operators_account(kind: str) -> None:
     assert binding["roleRef"]["name"] in {body["metadata"]["name"] for body in objects() if body["kind"] == kind}
     assert binding["subjects"] == [{"kind": "ServiceAccount", "name": account, "namespace": "opensora-system"}]
     assert only("ServiceAccount")["metadata"]["name"] == account
+
+
+def test_the_store_to_try_things_out_is_what_the_sample_profile_names() -> None:
+    service, store = yaml.safe_load_all((MANIFESTS / "trial/object-store.yaml").read_text(encoding="utf-8"))
+    profile = yaml.safe_load((MANIFESTS / "samples/clustertrainingprofile.yaml").read_text(encoding="utf-8"))["spec"]
+    (port,) = service["spec"]["ports"]
+    place = f"{service['metadata']['name']}.{service['metadata']['namespace']}.svc:{port['port']}"
+    assert profile["storage"]["endpoint"] == f"http://{place}"
+    (container,) = store["spec"]["template"]["spec"]["containers"]
+    assert {"secretRef": profile["storage"]["secretRef"]} in container["envFrom"]
+    assert container["image"] == profile["image"]
+    assert f"--port={container['ports'][0]['containerPort']}" in container["args"]
+    assert service["spec"]["selector"].items() <= store["spec"]["template"]["metadata"]["labels"].items()
