@@ -148,13 +148,13 @@ def samples_of(old: SamplesStatus, report: ProgressReport, *, run_uri: str) -> S
 
 
 def duration(seconds: float) -> str:
-    """A duration for people: `45s`, `12m`, `1h30m`, `3d4h`."""
+    """A duration for people: `45s`, `1m30s`, `12m`, `1h30m`, `3d4h`."""
     whole = round(seconds)
     for unit, size, smaller, part in (("d", 86_400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
         if whole >= size:
             count, rest = divmod(whole, size)
             rest //= part
-            return f"{count}{unit}{rest}{smaller}" if rest and size != 60 else f"{count}{unit}"
+            return f"{count}{unit}{rest}{smaller}" if rest else f"{count}{unit}"
     return f"{whole}s"
 
 

@@ -203,7 +203,7 @@ def view_pod(body: Mapping[str, Any]) -> PodView | None:
         phase=status.get("phase", "Pending"),
         created=parse_time(metadata.get("creationTimestamp")) or 0.0,
         scheduled=bool(spec.get("nodeName")),
-        ready=bool(state.get("running")),
+        ready="running" in state,
         deleting_since=None if deletion is None else deletion - grace,
         grace_seconds=grace,
         disruption=disruption if disruption is not None and disruption.is_true else None,

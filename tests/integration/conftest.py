@@ -41,6 +41,20 @@ def one_rank(catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture
 def small_cgroup() -> Iterator[Path]:
     """A memory cgroup with a limit of 160 MiB."""
+    with limited_cgroup(160 * 2**20) as folder:
+        yield folder
+
+
+@pytest.fixture
+def medium_cgroup() -> Iterator[Path]:
+    """A memory cgroup with a limit of 700 MiB: a small training fits, and not much more."""
+    with limited_cgroup(700 * 2**20) as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def limited_cgroup(limit_bytes: int) -> Iterator[Path]:
+    """A memory cgroup; the test is skipped where none can be made."""
     own = memory_cgroup("self")
     if own is None:
         pytest.skip("there are no memory cgroups here")
@@ -52,13 +66,13 @@ def small_cgroup() -> Iterator[Path]:
     )
     try:
         folder.mkdir()
-        (folder / limits[0]).write_text(str(160 * 2**20))
+        (folder / limits[0]).write_text(str(limit_bytes))
     except OSError as error:
         with contextlib.suppress(OSError):
             folder.rmdir()
         pytest.skip(f"a memory cgroup cannot be made here: {error}")
     with contextlib.suppress(OSError):  # no swap accounting
-        (folder / limits[1]).write_text(str(160 * 2**20) if version_1 else "0")
+        (folder / limits[1]).write_text(str(limit_bytes) if version_1 else "0")
     yield folder
     deadline = time.monotonic() + 10
     while (folder / "cgroup.procs").read_text().strip() and time.monotonic() < deadline:

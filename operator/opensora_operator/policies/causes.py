@@ -107,6 +107,8 @@ def _seen_of(pod: PodView) -> list[tuple[int, float, Cause]]:
     assert pod.exit_code is not None
     if pod.verdict is not None:
         return [*found, _from_verdict(pod, pod.verdict)]
+    if found:
+        return found  # killed by what disrupted it
     if pod.end_reason == "OOMKilled":
         message = f"pod {pod.name} exceeded its memory limit and was killed as a whole"
         cause = Cause(
@@ -117,10 +119,8 @@ def _seen_of(pod: PodView) -> list[tuple[int, float, Cause]]:
             node=pod.node,
             time=pod.finished_at,
         )
-        return [*found, (_FAILED, time, cause)]
+        return [(_FAILED, time, cause)]
     if pod.deleting_since is not None and pod.exit_code in (137, 143):
-        if found:
-            return found
         # Deleted, and ended without a word: the deletion is the cause unless another pod tells more.
         cause = Cause(
             reason=Reason.DISRUPTED,
@@ -142,7 +142,7 @@ def _seen_of(pod: PodView) -> list[tuple[int, float, Cause]]:
         time=pod.finished_at,
         is_certain=pod.exit_code != ExitCode.PEER_LOST,
     )
-    return [*found, (_kind(pod.exit_code), time, cause)]
+    return [(_kind(pod.exit_code), time, cause)]
 
 
 def _from_verdict(pod: PodView, verdict: Mapping[str, Any]) -> tuple[int, float, Cause]:

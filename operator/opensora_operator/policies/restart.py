@@ -95,9 +95,9 @@ def after(cause: Cause, record: AttemptStatus, status: TrainingRunStatus, policy
 
 
 def _made_progress(record: AttemptStatus, status: TrainingRunStatus) -> bool:
-    """Whether the attempt left a newer checkpoint than it found; by its steps where nothing was reported."""
-    if record.checkpoint_step is not None:
-        return record.checkpoint_step > (record.first_step or 0)
+    """Whether the attempt left a newer checkpoint than it found; by its steps where nothing is ever reported."""
+    if status.progress.step is not None:
+        return (record.checkpoint_step or 0) > (record.first_step or 0)
     return (record.last_step or 0) > max((earlier.last_step or 0 for earlier in status.attempts), default=0)
 
 
