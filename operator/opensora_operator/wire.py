@@ -43,12 +43,12 @@ class WireError(ValueError):
 
 
 def to_wire(value: Any) -> dict[str, Any]:
-    """An object of the API as plain JSON values. Fields that are None, and empty lists and maps, are left out."""
+    """An object of the API as plain JSON values. What is None, and empty lists and maps, are left out."""
     plain: dict[str, Any] = {}
     cls: type = type(value)
-    for name, wire_name, encode in _encoders(cls):
+    for name, wire_name, encode, is_required in _encoders(cls):
         item = getattr(value, name)
-        if item is not None and item != () and item != {}:
+        if item is not None and (is_required or (item != () and item != {})):
             plain[wire_name] = encode(item) if encode is not None else item
     return plain
 
@@ -88,8 +88,10 @@ def parse_time(text: str) -> float:
 
 
 @functools.cache
-def _encoders(cls: type) -> tuple[tuple[str, str, Convert | None], ...]:
-    return tuple((info.name, info.wire_name, _encoder(info.hint, info.markers)) for info in fields_of(cls))
+def _encoders(cls: type) -> tuple[tuple[str, str, Convert | None, bool], ...]:
+    return tuple(
+        (info.name, info.wire_name, _encoder(info.hint, info.markers), info.is_required) for info in fields_of(cls)
+    )
 
 
 def _encoder(hint: Any, markers: tuple[Any, ...]) -> Convert | None:
