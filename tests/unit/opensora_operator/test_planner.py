@@ -301,6 +301,7 @@ def test_a_run_that_finds_no_place_goes_on_with_fewer_nodes() -> None:
     world.now += 1801
     world.settle()
     assert world.status["attempts"][0]["cause"] == "NotStarted"
+    assert list(world.jobs) == ["demo-a2"], "what has not started must not start later"
     assert world.job(2)["spec"]["completions"] == 1
     assert "ScaledDown" in world.events
     env = {item["name"]: item.get("value") for item in world.job(2)["spec"]["template"]["spec"]["containers"][0]["env"]}

@@ -216,18 +216,21 @@ class Machine(RuleBasedStateMachine):
             assert not again.is_decision
 
     def teardown(self) -> None:
-        """However it went, a run that is left in peace on sound nodes comes to rest without a live pod of two attempts,
-        and one that has ended runs nothing."""
+        """However it went, a run that is left in peace on sound nodes comes to rest: with the Job of its attempt and no
+        pod of another one; or, if it has ended, without a pod."""
         if not hasattr(self, "world"):
             return
         self.world.dead_nodes.clear()
         for _ in range(4):
+            self.world.start_pods()
             self.world.settle()
             self.world.now += 700
         alive = {pod["metadata"]["labels"]["opensora.dev/attempt"] for pod in self.world.pods.values() if is_live(pod)}
         assert len(alive) <= 1
         if self.world.phase in ("Succeeded", "Failed"):
             assert not alive
+        elif not self.world.run["spec"].get("suspend"):
+            assert f"demo-a{max(1, self.world.attempt)}" in self.world.jobs, "the next attempt never comes"
 
     def _live_pods(self) -> list[str]:
         return [name for name, pod in self.world.pods.items() if is_live(pod)] if hasattr(self, "world") else []
