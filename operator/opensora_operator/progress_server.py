@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from http import HTTPStatus
 
-from aiohttp import web
+from aiohttp import ClientPayloadError, web
 
 from opensora_operator.allowances import Allowances
 from opensora_operator.plans import Object
@@ -186,3 +186,5 @@ async def _read(request: web.Request) -> bytes:
         raise _RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text) from error
     except TimeoutError as error:
         raise _RefusedError(HTTPStatus.REQUEST_TIMEOUT, f"the body did not come within {_BODY_SECONDS:g} s") from error
+    except (ConnectionError, ClientPayloadError) as error:  # nobody is left to read the answer
+        raise _RefusedError(HTTPStatus.BAD_REQUEST, "the sender left before the end of the body") from error
