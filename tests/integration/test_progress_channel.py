@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -85,7 +86,7 @@ def test_reports_arrive_and_change_nothing(
     assert {"Evaluating", "Sampling"} & set(states), "longer phases are seen"
     steps = [report.step for report in operator.reports]
     assert steps == sorted(steps)
-    gaps = [later - earlier for earlier, later in zip(operator.times, operator.times[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(operator.times)]
     assert min(gaps[:-1], default=1) > 0.9, "at most one a second, but for the last"
 
 
