@@ -201,7 +201,7 @@ class Elastic:
     """Numbers of nodes that the run can do with. They change between attempts alone."""
 
     allowed_nodes: Annotated[tuple[Annotated[int, Bounds(1, 4096)], ...], MaxItems(16)]
-    """From the largest to the smallest. An attempt that finds no place goes down this list."""
+    """The numbers, in any order. An attempt that finds no place is followed by one with the next smaller number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1075,6 +1075,16 @@ class TrainingProfileSpec:
 
 
 # --------------------------------------------------------------------------------------------------------------- kinds
+
+
+MAX_NAME = 48
+NAME_RULE = Rule(
+    f"self.metadata.name.size() <= {MAX_NAME} && self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
+    f"at most {MAX_NAME} characters out of a-z, 0-9 and -, a letter first and no - at the end: the names of pods are "
+    "made from it",
+    field="metadata.name",
+)
+"""Of the kinds that have pods."""
 
 
 @dataclass(frozen=True, kw_only=True)

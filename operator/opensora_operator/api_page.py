@@ -9,7 +9,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from opensora_operator.api import KINDS, Kind
+from opensora_operator.api import KINDS, NAME_RULE, Kind
 from opensora_operator.constants import API_VERSION
 from opensora_operator.fields import (
     Bounds,
@@ -35,8 +35,9 @@ from opensora_operator.fields import (
 def api_page() -> str:
     """The whole page."""
     parts = [_INTRODUCTION, *(_kind_section(kind) for kind in KINDS), _PARTS]
-    tops = [cls for kind in KINDS for cls in (kind.spec, kind.status) if cls is not None]
-    parts += [_class_section(cls) for cls in _parts_of(tops)]
+    specs, statuses = [kind.spec for kind in KINDS], [kind.status for kind in KINDS if kind.status is not None]
+    of_specs = _parts_of(specs)
+    parts += [_class_section(cls, with_defaults=cls in of_specs) for cls in _parts_of([*specs, *statuses])]
     return "\n".join(part.rstrip("\n") + "\n" for part in parts)
 
 
@@ -44,26 +45,28 @@ def _kind_section(kind: Kind) -> str:
     names = ", ".join(f"`{name}`" for name in (kind.plural, kind.singular, *kind.short_names))
     scope = "in a namespace" if kind.namespaced else "for the whole cluster"
     text = [f"## {kind.name}\n", f"{kind.doc} It lives {scope}; `kubectl` knows it as {names}.\n"]
-    text += [f"### {kind.name}: `spec`\n", _description(kind.spec), _table(kind.spec)]
+    if kind.status is not None:
+        text.append(f"`{NAME_RULE.field}` has {NAME_RULE.message}.\n")
+    text += [f"### {kind.name}: `spec`\n", _description(kind.spec), _table(kind.spec, with_defaults=True)]
     if kind.status is not None:
         text += [f"### {kind.name}: `status`\n", _description(kind.status), _table(kind.status, with_defaults=False)]
     return "\n".join(text)
 
 
-def _class_section(cls: type) -> str:
-    return "\n".join([f"### {cls.__name__}\n", _description(cls), _table(cls)])
+def _class_section(cls: type, *, with_defaults: bool) -> str:
+    return "\n".join([f"### {cls.__name__}\n", _description(cls), _table(cls, with_defaults=with_defaults)])
 
 
 def _description(cls: type) -> str:
     lines = [inspect.cleandoc(cls.__doc__ or ""), ""]
     rules = [rule.message for rule in rules_of(cls)]
     if rules:
-        lines += ["The API server refuses what breaks one of these:", ""]
+        lines += ["What breaks a rule is refused, with these words:", ""]
         lines += [f"- {message}" for message in rules] + [""]
     return "\n".join(lines)
 
 
-def _table(cls: type, *, with_defaults: bool = True) -> str:
+def _table(cls: type, *, with_defaults: bool) -> str:
     docs = docs_of(cls)
     rows = ["| field | type | default | bounds | meaning |", "| --- | --- | --- | --- | --- |"]
     for info in fields_of(cls):
@@ -113,7 +116,7 @@ def _bounds(hint: Any, markers: tuple[Any, ...]) -> Iterator[str]:
     for marker in markers:
         match marker:
             case Bounds():
-                yield f"{_number(marker.ge)} to {_number(marker.le)}"
+                yield f"{_number(marker.ge)} to {_number(marker.le)}" if marker.le < 2**53 else f"{marker.ge} or more"
             case MaxItems():
                 yield f"at most {marker.le} {'items' if typing.get_origin(hint) is tuple else 'entries'}"
             case Length() if is_text:

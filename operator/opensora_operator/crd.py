@@ -17,6 +17,7 @@ from opensora_operator.api import (
     BATCH_SEARCH,
     CLUSTER_TRAINING_PROFILE,
     KINDS,
+    NAME_RULE,
     SAMPLE_JOB,
     TRAINING_PROFILE,
     TRAINING_RUN,
@@ -24,19 +25,11 @@ from opensora_operator.api import (
 )
 from opensora_operator.api_page import api_page
 from opensora_operator.constants import GROUP, VERSION
-from opensora_operator.schema import Schema, object_schema
+from opensora_operator.schema import Schema, add_rules, object_schema
 
 ROOT = Path(__file__).parents[2]
 SCHEMA_HASH = f"{GROUP}/schema-hash"
 """Annotation of a CRD: by it, tools see whether a cluster has the schema that they know."""
-
-MAX_NAME = 48
-_NAME_RULE = {
-    "rule": f"self.metadata.name.size() <= {MAX_NAME} && self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
-    "message": f"at most {MAX_NAME} characters out of a-z, 0-9 and -, a letter first and no - at the end: the names of "
-    "pods are made from it",
-    "fieldPath": ".metadata.name",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +153,7 @@ def _root_schema(kind: Kind) -> Schema:
     if kind.status is not None:
         description = (kind.status.__doc__ or "").strip()
         properties["status"] = {"description": description, **object_schema(kind.status, with_defaults=False)}
-        root["x-kubernetes-validations"] = [_NAME_RULE]
+        add_rules(root, [NAME_RULE])
     return root
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from opensora_operator.fields import (
@@ -56,7 +57,7 @@ def object_schema(cls: type, *, with_defaults: bool = True) -> Schema:
         for marker in info.markers
         if isinstance(marker, Immutable) and is_optional(info.hint)
     ]
-    _add_rules(schema, [*rules_of(cls), *changes])
+    add_rules(schema, [*rules_of(cls), *changes])
     return schema
 
 
@@ -74,7 +75,7 @@ def _field_schema(info: FieldInfo, doc: str, with_defaults: bool) -> Schema:
             schema["default"] = info.default
     if not is_optional(info.hint):
         changes = [marker for marker in markers if isinstance(marker, Immutable)]
-        _add_rules(schema, [Rule("self == oldSelf", marker.message) for marker in changes])
+        add_rules(schema, [Rule("self == oldSelf", marker.message) for marker in changes])
     return schema
 
 
@@ -94,7 +95,7 @@ def _value_schema(hint: Any, markers: tuple[Any, ...], *, with_defaults: bool) -
     else:
         schema, pattern_rules = _scalar_schema(hint, markers)
         rules = [*pattern_rules, *rules]
-    _add_rules(schema, rules)
+    add_rules(schema, rules)
     return schema
 
 
@@ -154,7 +155,8 @@ def _only(kind: type[Any], markers: tuple[Any, ...]) -> Any:
     return found[-1]
 
 
-def _add_rules(schema: Schema, rules: list[Rule]) -> None:
+def add_rules(schema: Schema, rules: Sequence[Rule]) -> None:
+    """Add rules to those of a schema."""
     if rules:
         schema.setdefault("x-kubernetes-validations", []).extend(map(_validation, rules))
 
