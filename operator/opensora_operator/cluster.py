@@ -37,6 +37,8 @@ _SILENCE_SECONDS = 90.0
 """Bookmarks come every minute: a watch that is silent for longer than this is dead."""
 _REQUEST_SECONDS = 30.0
 _CONNECT_SECONDS = 10.0
+_ACCEPT = "application/json, application/jwk-set+json"
+"""The second is the only form in which the cluster's public keys are served."""
 _LOGIN_SECONDS = 10.0
 """A token that is refused is not renewed more often than this."""
 
@@ -345,7 +347,7 @@ class Cluster:
         timeout: aiohttp.ClientTimeout | None,
     ) -> aiohttp.ClientResponse:
         assert self._rest is not None, "the cluster is not open"
-        headers = {"User-Agent": MANAGER, "Accept": "application/json", "Content-Type": content}
+        headers = {"User-Agent": MANAGER, "Accept": _ACCEPT, "Content-Type": content}
         token = await self.configuration.get_api_key_with_prefix("BearerToken")  # a service account's is read again
         if token:
             headers["Authorization"] = token
@@ -368,6 +370,8 @@ class Cluster:
 async def load_configuration(kubeconfig: str) -> Configuration:
     """Where the API server is and who we are. Raises LoginError."""
     configuration = Configuration()
+    # Proxies come from the kubeconfig alone, as with kopf: a look into the environment costs a thread a request.
+    configuration.client_session_kwargs = {"trust_env": False}
     default = Path(os.environ.get("KUBECONFIG", "") or Path.home() / ".kube" / "config")
     try:
         if not kubeconfig and "KUBERNETES_SERVICE_HOST" in os.environ:

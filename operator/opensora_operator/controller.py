@@ -47,13 +47,13 @@ _REJECTED_SECONDS = 60.0
 _MAX_DECISIONS = 16
 """So many decisions in a row, each of which gives way to another, are a mistake of the planner."""
 _MAX_REPEATS = 3
-"""So many times the same actions in a row are one, too."""
+"""Actions that change nothing that the planner sees are repeated at once so often, and then more and more slowly."""
 _WATCHED = ("Job", "Pod")
 _REFUSALS = (400, 403, 413, 422)
 
 
 class PlannerError(Exception):
-    """A planner does not come to an end."""
+    """A planner does not come to an end, or what it wants does not come about."""
 
 
 @dataclass(frozen=True)
@@ -115,11 +115,11 @@ class Controller:
         self._nodes: dict[str, _Found] = {}
         self._profiles_listed: dict[str, float] = {}
 
-    def concern(self, key: Key) -> None:
+    def concern(self, key: Key, *, seconds: float = 0.0, later: bool = False) -> None:
         """Something about an object is new: look at it, and at those whose plan depends on it."""
         for concerned in (key, *self._dependents.get(key, ())):
             if concerned.kind in self._kinds:
-                self._queue.add(concerned)
+                self._queue.add(concerned, seconds=seconds, later=later)
 
     async def work(self) -> None:
         """Look at one object after another, for ever."""
@@ -169,10 +169,13 @@ class Controller:
     async def _converge(self, turn: Turn, body: Object, memory: _Memory, plan: Plan) -> bool:
         """Apply a plan that decides nothing new. False: the object has changed meanwhile, it must be planned again."""
         key, metadata = turn.key, body["metadata"]
-        self._note_repeats(memory, plan.actions)
+        memory.num_repeats = memory.num_repeats + 1 if plan.actions and plan.actions == memory.actions else 0
+        memory.actions = plan.actions
         if plan.actions:
             await self._act(body, memory, plan.actions)
             memory.events += plan.events
+            if memory.num_repeats >= _MAX_REPEATS:
+                raise PlannerError(f"{[type(action).__name__ for action in plan.actions]} has no effect")
             self._queue.add(key, later=True)
             return True
         if plan.status is not None and _difference(body.get("status") or {}, plan.status):
@@ -191,13 +194,6 @@ class Controller:
         if memory.rejected:
             self._queue.add(key, seconds=_REJECTED_SECONDS)
         return True
-
-    def _note_repeats(self, memory: _Memory, actions: tuple[Action, ...]) -> None:
-        """Actions that change nothing that the planner sees would be repeated as fast as the API server allows."""
-        memory.num_repeats = memory.num_repeats + 1 if actions and actions == memory.actions else 0
-        memory.actions = actions
-        if memory.num_repeats >= _MAX_REPEATS:
-            raise PlannerError(f"{memory.num_repeats} times in a row: {[type(action).__name__ for action in actions]}")
 
     def _requeue(self, key: Key, plan: Plan) -> None:
         resync = self._resync_seconds * (0.9 + 0.2 * random.random())
@@ -398,6 +394,8 @@ class Controller:
             created = await self._cluster.create(manifest)
         except ApiError as error:
             if error.code == 409 and error.reason == "AlreadyExists":
+                if self._is_ours(memory, place):
+                    return True
                 created = await self._cluster.find(place[0], body["metadata"]["namespace"], place[1])
             elif error.code in _REFUSALS:
                 memory.rejected[place[1]] = _Found(error.message, self._clock())
@@ -406,8 +404,11 @@ class Controller:
             else:
                 raise
         self._learn(memory, place, created)
-        found = memory.children.get(place)
-        return found is None or found.value is None or found.value.owner_uid == memory.uid
+        return place[0] in _WATCHED or self._is_ours(memory, place)
+
+    def _is_ours(self, memory: _Memory, place: tuple[str, str]) -> bool:
+        child = memory.children[place].value if place in memory.children else None
+        return child is not None and child.owner_uid == memory.uid
 
     async def _set_suspend(self, namespace: str, action: SetSuspend) -> None:
         spec: Object = {"suspend": action.suspend}

@@ -64,7 +64,9 @@ class Runtime:
             book=book,
             platform=lambda: self._channel.platform,
         )
-        self._watching = Watching(cluster, self._store, concern=self.concern, namespaces=settings.namespaces)
+        self._watching = Watching(
+            cluster, self._store, concern=self._controller.concern, namespaces=settings.namespaces
+        )
         self._tasks: list[asyncio.Task[None]] = []
         self._workers: list[asyncio.Task[None]] = []
         self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -112,11 +114,7 @@ class Runtime:
         self._watching.heard()
         key = self._store.remove(kind, body) if is_gone else self._store.put(kind, body)
         if key is not None:
-            self.concern(key)
-
-    def concern(self, key: Key) -> None:
-        """Something about an object is new."""
-        self._controller.concern(key)
+            self._controller.concern(key)
 
     def _reported(self, key: Key) -> None:
         self._queue.add(key, later=True)

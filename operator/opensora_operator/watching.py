@@ -11,27 +11,35 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from typing import Protocol
 
-from opensora_operator.cluster import ApiError, Cluster, resource_of
+from opensora_operator.cluster import ApiError, Cluster, WatchEvent, resource_of
 from opensora_operator.constants import LABEL_UID
-from opensora_operator.plans import Key
+from opensora_operator.plans import Key, Object
 from opensora_operator.store import Store, place_of
 
 logger = logging.getLogger(__name__)
 
 _FIRST_RETRY_SECONDS = 0.1
 _MAX_RETRY_SECONDS = 15.0
+_GATHER_SECONDS = 0.1
+"""What only changes numbers of a status is looked at together with what follows at once."""
 _QUICK_SECONDS = 1.0
 """A watch that ends sooner than this and without an event counts as a failure."""
 
 
-class Watching:
-    """The tasks that keep a store true. `concern` hears of each object that has to be looked at again."""
+class Concern(Protocol):
+    """Who hears of each object that has to be looked at again."""
 
-    def __init__(
-        self, cluster: Cluster, store: Store, *, concern: Callable[[Key], None], namespaces: Iterable[str] = ()
-    ) -> None:
+    def __call__(self, key: Key, *, seconds: float = 0.0, later: bool = False) -> None:
+        """After this time; `later`: after all that is urgent."""
+
+
+class Watching:
+    """The tasks that keep a store true."""
+
+    def __init__(self, cluster: Cluster, store: Store, *, concern: Concern, namespaces: Iterable[str] = ()) -> None:
         self._cluster = cluster
         self._store = store
         self._concern = concern
@@ -68,10 +76,7 @@ class Watching:
                     failures = 0
                     self.heard()
                     version = event.object["metadata"]["resourceVersion"]
-                    if event.type == "DELETED":
-                        self._tell(self._store.remove(kind, event.object))
-                    elif event.type in ("ADDED", "MODIFIED"):
-                        self._tell(self._store.put(kind, event.object))
+                    self._take(kind, event)
                 if time.monotonic() - started > _QUICK_SECONDS:
                     failures = 0
                     continue
@@ -82,6 +87,16 @@ class Watching:
                 logger.warning("watching %s in %s: %s", kind, namespace or "all namespaces", error)
             await asyncio.sleep(max(retry_seconds, _retry_seconds(failures)))
             failures += 1
+
+    def _take(self, kind: str, event: WatchEvent) -> None:
+        if event.type == "DELETED":
+            self._tell(self._store.remove(kind, event.object))
+        elif event.type in ("ADDED", "MODIFIED"):
+            key = self._store.put(kind, event.object)
+            if key is not None and _is_news(event.object):
+                self._concern(key)
+            elif key is not None:
+                self._concern(key, seconds=_GATHER_SECONDS, later=True)
 
     async def _list(self, kind: str, namespace: str | None, *, labels: str) -> str:
         listed = set()
@@ -99,6 +114,14 @@ class Watching:
     def _tell(self, key: Key | None) -> None:
         if key is not None:
             self._concern(key)
+
+
+def _is_news(body: Object) -> bool:
+    """Whether something may have to be done about it: a pod that ends or has to, a Job that has come to a verdict."""
+    status = body.get("status") or {}
+    if body["kind"] == "Pod":
+        return "deletionTimestamp" in body["metadata"] or status.get("phase") in ("Failed", "Succeeded")
+    return "deletionTimestamp" in body["metadata"] or bool(status.get("conditions"))
 
 
 def _retry_seconds(failures: int) -> float:
