@@ -15,9 +15,9 @@ import secrets
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from opensora_operator.cluster import ApiError, Cluster, LoginError
+from opensora_operator.cluster import ApiError, Cluster, LoginError, Resource
 from opensora_operator.constants import API_VERSION, GROUP
 from opensora_operator.pacing import RateLimit
 from opensora_operator.plans import Object
@@ -158,6 +158,14 @@ def _suspended_run(name: str, namespace: str, image: str) -> Object:
     }
 
 
+class _StrictCluster(Cluster):
+    """One that refuses fields which do not exist. The API server's own habit is to drop them."""
+
+    async def _write(self, verb: str, resource: Resource, *arguments: Any, **options: Any) -> Object:
+        query = {"fieldValidation": "Strict"} if verb in ("create", "update") else None
+        return await super()._write(verb, resource, *arguments, query=query, **options)
+
+
 class _NoCount:
     """Nobody asks a Job for its metrics."""
 
@@ -167,7 +175,7 @@ class _NoCount:
 
 async def _main(arguments: argparse.Namespace) -> str:
     limit = RateLimit(per_second=20, burst=20)
-    async with Cluster(kubeconfig=arguments.kubeconfig, limit=limit, counter=_NoCount()) as cluster:
+    async with _StrictCluster(kubeconfig=arguments.kubeconfig, limit=limit, counter=_NoCount()) as cluster:
         if arguments.command == "profiles":
             profiles = json.loads(arguments.file.read_text(encoding="utf-8"))
             done = await write_profiles(cluster, profiles, release=arguments.release, namespace=arguments.namespace)

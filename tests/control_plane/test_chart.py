@@ -359,6 +359,13 @@ def test_without_rbac_nothing_is_granted_by_any_part() -> None:
     assert [body for body in objects if body["kind"].endswith(("Role", "RoleBinding"))] == []
 
 
+def test_no_service_sets_the_operators_settings() -> None:
+    """`<SERVICE>_PORT_…` of a Service `opensora-operator-progress` reads like one."""
+    objects = render({"profiles": {"cpu": {}}})
+    pods = [body["spec"]["template"]["spec"] for kind in ("Deployment", "Job") for body in of_kind(objects, kind)]
+    assert [pod["enableServiceLinks"] for pod in pods] == [False, False]
+
+
 def test_every_pod_is_restricted() -> None:
     objects = render({"profiles": {"cpu": {}}})
     pods = [body["spec"]["template"]["spec"] for kind in ("Deployment", "Job") for body in of_kind(objects, kind)]
@@ -511,7 +518,8 @@ def test_profiles_are_written_by_whom_the_hook_runs_as(fresh_control_plane: Cont
 
     assert write({"cpu": {"default": True}, "gpu": {"image": "trainer:1"}}) == "cpu created\ngpu created\n"
     assert write({"cpu": {"default": True}, "gpu": {"image": "trainer:2"}}) == "cpu unchanged\ngpu updated\n"
-    assert write({"gpu": {"image": 5}}).startswith("failed: ")
+    assert 'unknown field "spec.imagee"' in write({"gpu": {"imagee": "trainer:2"}})
+    assert "spec.image" in write({"gpu": {"image": 5}})
     assert write({"gpu": {"image": "trainer:2"}}) == "gpu unchanged\ncpu deleted\n"
     assert stored() == ["clustertrainingprofile.opensora.dev/gpu"]
     fresh_control_plane.kubectl("label", "clustertrainingprofile/gpu", "app.kubernetes.io/instance-")

@@ -39,6 +39,8 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 
 {{/* Of the pods of the Deployment and of the hooks: who they are and where they may run. */}}
 {{- define "opensora-operator.podSettings" -}}
+# Kubernetes' variables for Services begin like the operator's own.
+enableServiceLinks: false
 securityContext: {{- toYaml .Values.podSecurityContext | nindent 2 }}
 {{- with .Values.image.pullSecrets }}
 imagePullSecrets: {{- toYaml . | nindent 2 }}
