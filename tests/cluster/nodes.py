@@ -57,11 +57,10 @@ mount -t tmpfs tmpfs /run
 exec "$2"
 """
 _CONNECT = """
-# No way out of the cluster: whatever else is asked for is unreachable at once.
+# No default route, no way out of the cluster: whatever else is asked for is unreachable at once.
 ip link set lo up
 ip address add "$1/24" dev eth0
 ip link set eth0 up
-ip route add "$2" via "$3"
 echo 1 > /proc/sys/net/ipv4/ip_forward
 """
 
@@ -218,8 +217,7 @@ class Node:
             *("peer", "name", "eth0", "address", hardware, "netns", str(first.pid)),
         )
         _ip("link", "set", self._link, "master", self._cluster.bridge, "up")
-        cluster = self._cluster
-        self.run("sh", "-euc", _CONNECT, "connect", self.address, cluster.service_range, cluster.host_address)
+        self.run("sh", "-euc", _CONNECT, "connect", self.address)
         for node in self._cluster.nodes.values():
             if node is not self:
                 self.run("ip", "route", "add", node.pod_range, "via", node.address)
