@@ -141,6 +141,7 @@ class Operator:
             yield self
         finally:
             self.stop()
+            self._do(asyncio.sleep(0.1))  # connections that clients have left are closed on this side, too
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
