@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -205,3 +206,42 @@ def test_a_token_that_was_renewed_is_taken_up(
     wait_until(lambda: len(operator.reports) > known, process)
     operator.directory.runs[NAMESPACE, RUN] = replace(live_run(), requests={"stop": True})
     said_at_the_end(process, code=75)
+
+
+STOPPED_AND_ASKED = """
+import os, signal, sys, time
+from opensora.training.control import StopControl
+from opensora.training.position import Position
+
+control = StopControl(Position(0))
+control.install()
+control.ask()
+control.ask()
+assert control.requested
+time.sleep(0.3)  # before the loop it waits for it
+control.start_loop(deadline_seconds=float(sys.argv[1]))
+for _ in range(int(sys.argv[2])):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.3)
+time.sleep(0.5)
+print("saved")
+"""
+
+
+@pytest.mark.parametrize(
+    ("deadline", "num_signals", "told"),
+    [
+        (60, 0, "saved"),
+        (60, 1, "saved"),
+        (60, 2, "SIGTERM in start-up: a second signal came; the last complete checkpoint is untouched"),
+        (0.1, 0, "the operator's request in start-up: not saved within 0.1 s; the last complete checkpoint"),
+    ],
+    ids=["asked", "asked and SIGTERM", "asked and two SIGTERMs", "too slow"],
+)
+def test_the_operators_request_leaves_the_time_that_one_signal_leaves(
+    deadline: float, num_signals: int, told: str
+) -> None:
+    arguments = [sys.executable, "-c", STOPPED_AND_ASKED, str(deadline), str(num_signals)]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
+    assert told in done.stdout + done.stderr
+    assert done.returncode == (0 if told == "saved" else 75)
