@@ -249,9 +249,11 @@ def _say(message: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("targets", nargs="*", choices=[*_TARGETS, []], help="what to build; nothing means all")
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"{', '.join(_TARGETS)}; nothing means all")
     parser.add_argument("--wait-only", action="store_true", help="only wait for the process that is building")
     arguments = parser.parse_args()
+    if unknown := set(arguments.targets) - set(_TARGETS):
+        parser.error(f"there is no {', '.join(sorted(unknown))}; there are {', '.join(_TARGETS)}")
     try:
         print(ensure(*arguments.targets, wait_only=arguments.wait_only))
     except BuildError as error:

@@ -24,6 +24,7 @@ from processes import Process, StartError, free_port
 _START_SECONDS = 120.0
 """Three seconds on an idle machine; a busy one with two cores may need many more."""
 _START_TRIES = 3
+_CLIENTS = ("kube-controller-manager", "kube-scheduler")
 _AUDIT_POLICY = {
     "apiVersion": "audit.k8s.io/v1",
     "kind": "Policy",
@@ -91,8 +92,8 @@ class ControlPlane:
         for name in identities:
             self.add_identity(name)
         self.add_identity("admin", groups=("system:masters",))
-        for name in ("system:kube-controller-manager", "system:kube-scheduler"):
-            self.add_identity(name)
+        for name in _CLIENTS:
+            self.add_identity(f"system:{name}")
 
     def __enter__(self) -> Self:
         self.start()
@@ -257,10 +258,21 @@ class ControlPlane:
         process.kill() if kill else process.terminate(30.0)
 
     def start_apiserver(self) -> None:
-        """Start the API server again, at the same place with the same data."""
+        """Start the API server again, at the same place with the same data, and wait until its clients here are back.
+
+        Those that give pods to Jobs and nodes to pods start anew: they would try again only after up to 90 seconds.
+        """
         process = self._processes["kube-apiserver"]
         process.start()
         process.wait_until(self._answers, _START_SECONDS)
+        clients = [self._processes[name] for name in _CLIENTS if name in self._processes]
+        for client in clients:
+            client.kill()
+        # The controller manager writes it again as soon as it works.
+        self.request("DELETE", "/api/v1/namespaces/default/configmaps/kube-root-ca.crt")
+        for client in clients:
+            client.start()
+        self._processes["kube-controller-manager"].wait_until(self._gives_accounts, _START_SECONDS)
 
     def restart_apiserver(self, *, kill: bool = False) -> None:
         """End the API server and start it again: every watch is cut."""
