@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from control_plane import ApiError, ControlPlane
 
-pytestmark = pytest.mark.control_plane
+pytestmark = pytest.mark.cluster
 
 
 def _config_map(namespace: str, value: str) -> dict[str, object]:
