@@ -1,7 +1,8 @@
 """Entry point of sampling: `python -m opensora.sample --run RUN --prompt "a waterfall"`.
 
 The outcome is the exit code (`opensora.errors.ExitCode`). Messages and progress go to stderr, the contact sheet to
-stdout where that is a terminal with colours. Started on several ranks (torchrun), each makes a share of the clips.
+stdout where that is a terminal with colours. Started on several ranks (the launcher, torchrun), or as a shard of a
+larger job, it makes a share of the clips.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -20,9 +22,12 @@ from rich.progress import Progress as ProgressBar
 
 from opensora.config.flags import parse_sample_command
 from opensora.config.load import load_sample_config
-from opensora.config.sample import SampleConfig
-from opensora.errors import ExitCode, OpenSoraError, StopRequestedError
+from opensora.config.sample import SampleConfig, parse_shard
+from opensora.errors import ConfigError, ExitCode, OpenSoraError, StopRequestedError, UsageError
 from opensora.records import RANK, WORLD_SIZE
+
+if TYPE_CHECKING:
+    from opensora.sampling.job import Outcome
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +59,14 @@ def run(config: SampleConfig, messages: Console) -> None:
         OpenSoraError: what stopped it; clips that are written stay.
     """
     # torch takes seconds to import; a mistake on the command line is told before.
-    from opensora.sampling.job import Clip, Progress, SampleJob, list_clips
-    from opensora.sampling.sheet import TerminalSheet
+    from opensora.sampling.job import Clip, Part, Progress, SampleJob, list_clips, make_sheet
     from opensora.sampling.source import load_source
 
+    shard, num_shards = own_shard(config, os.environ)
     list_clips(config)
+    if config.sheet_only:
+        _show_sheet(make_sheet(config), config)
+        return
     source = load_source(config)
     with _progress_bar(messages, shown=config.verbose > 0) as bar, _stop_on_sigterm() as stop:
         task = bar.add_task("", total=None)
@@ -73,18 +81,47 @@ def run(config: SampleConfig, messages: Console) -> None:
             logger.info("%s: %s", uri, clip.prompt if config.verbose > 1 else _start_of(clip.prompt))
 
         rank, num_ranks = int(os.environ.get(RANK, "0")), int(os.environ.get(WORLD_SIZE, "1"))
-        job = SampleJob(config, source, rank=rank, num_ranks=num_ranks, on_progress=on_progress, on_clip=on_clip)
+        part = Part.of(shard=shard, num_shards=num_shards, rank=rank, num_ranks=num_ranks)
+        job = SampleJob(config, source, part=part, on_progress=on_progress, on_clip=on_clip)
         outcome = job.run()
     if config.verbose > 0:
         there = f", {outcome.found} were there already" if outcome.found else ""
         messages.print(
             f"{outcome.made} clips made{there}: {job.storage.uri}", markup=False, highlight=False, soft_wrap=True
         )
-    if outcome.sheet_uri is not None:
-        output = Console()
-        if output.is_terminal and output.color_system is not None and config.verbose > 0:
-            output.print(TerminalSheet(outcome.rows))
-        logger.info("contact sheet: %s", outcome.sheet_uri)
+    _show_sheet(outcome, config)
+
+
+def own_shard(config: SampleConfig, environment: Mapping[str, str]) -> tuple[int, int]:
+    """(number, shards in all): what the config says, else the pod's place in its Job, else all of it.
+
+    Raises:
+        UsageError: the environment makes no sense.
+    """
+    if config.shard is not None:
+        return parse_shard(config.shard)
+    count, index = environment.get("OPENSORA_NUM_SHARDS"), environment.get("JOB_COMPLETION_INDEX")
+    if count is None:
+        return 0, 1
+    try:
+        return parse_shard(f"{index}/{count}")
+    except ConfigError as error:
+        raise UsageError(
+            f"OPENSORA_NUM_SHARDS={count!r} with JOB_COMPLETION_INDEX={index!r} names no shard",
+            hint="an Indexed Job sets the second; or give --shard",
+        ) from error
+
+
+def _show_sheet(outcome: Outcome, config: SampleConfig) -> None:
+    """On a terminal with colours; elsewhere its address is enough."""
+    from opensora.sampling.sheet import TerminalSheet
+
+    if outcome.sheet_uri is None:
+        return
+    output = Console()
+    if output.is_terminal and output.color_system is not None and config.verbose > 0:
+        output.print(TerminalSheet(outcome.rows))
+    logger.info("contact sheet: %s", outcome.sheet_uri)
 
 
 def _start_of(text: str, length: int = 60) -> str:

@@ -119,6 +119,8 @@ SAMPLE_FLAGS = (
     _Flag("--aes", float),
     _Flag("--flow", float),
     _Flag("--camera-motion"),
+    _Flag("--shard", metavar="NUMBER/SHARDS"),
+    _Flag("--sheet-only", None),
 )
 
 SEARCH_FLAGS = (

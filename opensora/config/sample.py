@@ -120,6 +120,12 @@ class SampleConfig:
     """Name the files after their prompts."""
     sheet: bool = True
     """Write a contact sheet of all clips, and show it when the output is a terminal."""
+    sheet_only: bool = False
+    """Sample nothing: write the contact sheet of clips that are there already, for example those of several shards."""
+    shard: str | None = None
+    """Make only a part of the clips: `0/4` is the first of four. The parts together make the same files as one job; the
+    last one to end writes the contact sheet. In a Kubernetes Job, `OPENSORA_NUM_SHARDS` and `JOB_COMPLETION_INDEX` say
+    the same."""
     verbose: int = 1
     """0 reports nothing, 1 the clips, 2 the steps and prompts too."""
     storage: StorageConfig = field(default_factory=StorageConfig)
@@ -129,6 +135,8 @@ class SampleConfig:
         self._check_origin()
         self._check_prompts()
         self._check_sizes()
+        if self.shard is not None:
+            parse_shard(self.shard)
         for name in (
             "num_sample",
             "batch_size",
@@ -207,3 +215,15 @@ class SampleConfig:
                 f"num_frames={self.num_frames!r} is neither a number from 1 nor a length such as 2s or 4x",
                 hint="for example 51",
             )
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """(number from 0, shards in all) of `0/4`.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    found = re.fullmatch("([0-9]{1,6})/([0-9]{1,6})", text)
+    if found is None or int(found[1]) >= int(found[2]):
+        raise ConfigError(f"shard={text!r} is no part of a job", hint="0/4 is the first of four, 3/4 the last")
+    return int(found[1]), int(found[2])

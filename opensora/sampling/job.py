@@ -2,6 +2,10 @@
 
 A clip is `NAME.mp4` or `NAME.png`, and complete once `NAME.json` says how it was made; that file is written last. A
 later job leaves clips alone that were made in the same way, and makes the others anew.
+
+A job can be split into parts that never talk to each other: shards, and the ranks of each. What is sampled together in
+one process is sampled together in a part, so that the parts make the same files, bit by bit. Each part leaves
+`index/PART-of-PARTS.json` behind when its clips are there, and the last one makes the contact sheet.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -36,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 MAX_SHEET_ROWS = 64
 """Clips on a contact sheet; a larger job shows its first ones."""
+INDEX_PREFIX = "index"
+"""Folder of what the parts of a job say."""
 _READ_THREADS = 8
 _LONGEST_NAME = 200
 """Bytes of a file name that is a prompt; most file systems allow 255 in all."""
@@ -61,6 +67,26 @@ class Clip:
     @property
     def record_path(self) -> str:
         return f"{self.name}.json"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A share of a job."""
+
+    number: int = 0
+    """From 0."""
+    count: int = 1
+    """Parts in all."""
+
+    @classmethod
+    def of(cls, *, shard: int, num_shards: int, rank: int, num_ranks: int) -> Self:
+        """The part of one rank of a shard."""
+        return cls(shard * num_ranks + rank, num_shards * num_ranks)
+
+    def index_path(self, sample_name: str | None) -> str:
+        """Where it says what it has made."""
+        prefix = f"{sample_name}_" if sample_name else ""
+        return f"{INDEX_PREFIX}/{prefix}{self.number:04d}-of-{self.count:04d}.json"
 
 
 @dataclass(frozen=True)
@@ -120,6 +146,12 @@ def list_clips(config: SampleConfig) -> list[Clip]:
     return clips
 
 
+def take_part(clips: Sequence[Clip], part: Part, *, batch_size: int) -> list[Clip]:
+    """The clips of a part: every `count`-th batch of those that one process would make."""
+    batches = list(_batches(clips, batch_size))
+    return [clip for batch in batches[part.number :: part.count] for clip in batch]
+
+
 def _per_prompt(values: Sequence[str] | None, count: int, name: str) -> list[str]:
     if values is None:
         return [""] * count
@@ -147,25 +179,24 @@ class SampleJob:
         config: SampleConfig,
         source: Source,
         *,
-        rank: int = 0,
-        num_ranks: int = 1,
+        part: Part = Part(),
         on_progress: Callable[[Progress], None] | None = None,
         on_clip: Callable[[Clip, str], None] | None = None,
     ) -> None:
-        """Several ranks share a job without talking to each other: each makes every `num_ranks`-th clip.
+        """Nothing is made yet.
 
         Args:
             config: what to make.
             source: from what.
-            rank: this rank.
-            num_ranks: of all ranks; more than one write no contact sheet.
+            part: which share of it.
             on_progress: told after every step and clip. What it raises ends the job; what is written stays.
             on_clip: told of every clip that has been written, with its URI.
         """
         self.config = config
         self.source = source
-        self.num_ranks = num_ranks
-        self.clips = list_clips(config)[rank::num_ranks]
+        self.part = part
+        self.all_clips = list_clips(config)
+        self.clips = take_part(self.all_clips, part, batch_size=config.batch_size)
         self.storage = Storage(config.save_dir, config=config.storage)
         self.extension = ".png" if source.num_frames == 1 and config.loop == 1 else ".mp4"
         self.save_fps = config.save_fps or max(source.fps // config.frame_interval, 1)
@@ -182,7 +213,7 @@ class SampleJob:
         """
         missing = self._find_missing()
         rows: dict[str, SheetRow] = {}
-        shown = {clip.name for clip in self.clips[:MAX_SHEET_ROWS]} if self._wants_sheet else set()
+        shown = {clip.name for clip in self.all_clips[:MAX_SHEET_ROWS]} if self.config.sheet else set()
         done = 0
         for batch in _batches(missing, self.config.batch_size):
             pixels = self._sample(batch, partial(self._report, done, missing, batch))
@@ -194,10 +225,6 @@ class SampleJob:
                 self._on_clip(clip, self.storage.uri_of(clip.name + self.extension))
         self._report(done, missing, [], 0)
         return self._finish(rows, made=done, found=len(self.clips) - len(missing))
-
-    @property
-    def _wants_sheet(self) -> bool:
-        return self.config.sheet and self.num_ranks == 1
 
     def _find_missing(self) -> list[Clip]:
         """Clips without a record, or with one that tells of other settings."""
@@ -286,28 +313,86 @@ class SampleJob:
         return frames
 
     def _finish(self, rows: dict[str, SheetRow], *, made: int, found: int) -> Outcome:
-        if not self._wants_sheet:
+        if self.part.count > 1:
+            self._write_index()
+        if not self.config.sheet or not self._is_complete():
             return Outcome(made, found, [], None)
-        shown = self.clips[:MAX_SHEET_ROWS]
-        ordered = [rows[clip.name] if clip.name in rows else self._read_row(clip) for clip in shown]
-        path = f"{self.config.sample_name}_sheet.png" if self.config.sample_name else "sheet.png"
-        write_image(self.storage, path, contact_sheet(ordered))
-        return Outcome(made, found, ordered, self.storage.uri_of(path))
+        ordered = [
+            rows[clip.name] if clip.name in rows else _read_row(self.storage, clip, self.extension)
+            for clip in self.all_clips[:MAX_SHEET_ROWS]
+        ]
+        return Outcome(made, found, ordered, _write_sheet(self.storage, self.config, ordered))
 
-    def _read_row(self, clip: Clip) -> SheetRow:
-        """The row of a clip that an earlier job has made."""
-        path = clip.name + self.extension
-        if self.extension == ".png":
-            return SheetRow(clip.prompt, np.asarray(read_image(self.storage, path))[None])
-        frames: dict[int, NDArray[np.uint8]] = {}
-        with Video(self.storage, path) as video:
-            while not video.read(pick_frames(video.num_frames), lambda i, frame: frames.update({i: np.array(frame)})):
-                frames.clear()
-        return SheetRow(clip.prompt, np.stack([frames[i] for i in sorted(frames)]))
+    def _digest(self) -> str:
+        """Of the whole job: the same in all of its parts, and in no other job."""
+        records = [self._record(clip) for clip in self.all_clips]
+        return hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
+
+    def _write_index(self) -> None:
+        clips = [
+            {"file": clip.name + self.extension, "prompt": clip.prompt, "index": clip.index, "draw": clip.draw}
+            for clip in self.clips
+        ]
+        index = {"job": self._digest(), "part": self.part.number, "parts": self.part.count, "clips": clips}
+        path = self.part.index_path(self.config.sample_name)
+        self.storage.write(path, json.dumps(index, indent=1, ensure_ascii=False).encode())
+
+    def _is_complete(self) -> bool:
+        """Whether all parts of this job have ended. The last one sees the others, since each writes before it looks."""
+        if self.part.count == 1:
+            return True
+        parts = [Part(number, self.part.count) for number in range(self.part.count)]
+        paths = [part.index_path(self.config.sample_name) for part in parts]
+        if not {path.rpartition("/")[2] for path in paths} <= set(self.storage.list_names(INDEX_PREFIX)):
+            return False
+        digest = self._digest()
+        with ThreadPoolExecutor(_READ_THREADS) as pool:
+            return all(pool.map(lambda path: json.loads(self.storage.read(path)).get("job") == digest, paths))
 
     def _report(self, done: int, missing: Sequence[Clip], batch: Sequence[Clip], step: int) -> None:
         steps_total = self.source.num_sampling_steps * self.config.loop
         self._on_progress(Progress(done, len(missing), step, steps_total, len(batch)))
+
+
+def make_sheet(config: SampleConfig) -> Outcome:
+    """Make the contact sheet of a job whose clips are there; nothing is sampled, and no weights are read.
+
+    Raises:
+        DataError: clips are missing.
+    """
+    storage = Storage(config.save_dir, config=config.storage)
+    clips = list_clips(config)
+    names = set(storage.list_names())
+    extensions = {
+        clip.name: next((e for e in (".mp4", ".png") if {clip.record_path, clip.name + e} <= names), None)
+        for clip in clips
+    }
+    missing = [name for name, extension in extensions.items() if extension is None]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(clips)} clips are not in {storage.uri} yet, the first of them {missing[0]}",
+            hint="sample them first: the same command without --sheet-only",
+        )
+    rows = [_read_row(storage, clip, str(extensions[clip.name])) for clip in clips[:MAX_SHEET_ROWS]]
+    return Outcome(0, len(clips), rows, _write_sheet(storage, config, rows))
+
+
+def _write_sheet(storage: Storage, config: SampleConfig, rows: list[SheetRow]) -> str:
+    path = f"{config.sample_name}_sheet.png" if config.sample_name else "sheet.png"
+    write_image(storage, path, contact_sheet(rows))
+    return storage.uri_of(path)
+
+
+def _read_row(storage: Storage, clip: Clip, extension: str) -> SheetRow:
+    """The row of a clip that another part, or an earlier job, has made."""
+    path = clip.name + extension
+    if extension == ".png":
+        return SheetRow(clip.prompt, np.asarray(read_image(storage, path))[None])
+    frames: dict[int, NDArray[np.uint8]] = {}
+    with Video(storage, path) as video:
+        while not video.read(pick_frames(video.num_frames), lambda i, frame: frames.update({i: np.array(frame)})):
+            frames.clear()
+    return SheetRow(clip.prompt, np.stack([frames[i] for i in sorted(frames)]))
 
 
 def _batches(clips: Iterable[Clip], size: int) -> Iterator[list[Clip]]:

@@ -350,6 +350,106 @@ def test_ranks_share_the_clips(run_dir: str, tmp_path: Path, monkeypatch: pytest
         assert {path.stem for path in tmp_path.glob("*.mp4")} == expected
 
 
+def contents(folder: Path, *kinds: str) -> dict[str, bytes]:
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {name: data for name, data in found.items() if name.endswith(kinds)}
+
+
+@pytest.mark.parametrize("flags", [(), ("--batch-size", "2")], ids=["one by one", "in batches"])
+def test_shards_together_make_the_same_files_as_one_job_bit_by_bit(
+    flags: tuple[str, ...], run_dir: str, tmp_path: Path
+) -> None:
+    prompts = [f"cat number {i}" for i in range(5)]
+    common = ("--run", run_dir, "--prompt", *prompts, "--num-sample", "2", *flags, "--save-dir")
+    assert call(*common, str(tmp_path / "whole")) == 0
+    for shard in range(3):
+        assert call(*common, str(tmp_path / "parts"), "--shard", f"{shard}/3") == 0
+        assert (tmp_path / "parts/sheet.png").exists() == (shard == 2)
+    expected = contents(tmp_path / "whole", ".mp4", ".json")
+    made = contents(tmp_path / "parts", ".mp4", ".json")
+    assert {name: data for name, data in made.items() if not name.startswith("index/")} == expected
+    assert size(tmp_path / "parts/sheet.png") == size(tmp_path / "whole/sheet.png")
+
+
+def test_each_shard_says_what_it_has_made(run_dir: str, tmp_path: Path) -> None:
+    arguments = ("--run", run_dir, "--prompt", "a", "b", "c", "--sample-name", "x", "--save-dir", str(tmp_path))
+    for shard in (0, 1):
+        assert call(*arguments, "--shard", f"{shard}/2") == 0
+    listed = [json.loads((tmp_path / f"index/x_000{shard}-of-0002.json").read_text()) for shard in (0, 1)]
+    assert [[clip["file"] for clip in index["clips"]] for index in listed] == [
+        ["x_0000.mp4", "x_0002.mp4"],
+        ["x_0001.mp4"],
+    ]
+    assert [clip["prompt"] for clip in listed[0]["clips"]] == ["a", "c"]
+    assert [(index["part"], index["parts"]) for index in listed] == [(0, 2), (1, 2)]
+
+
+def test_the_sheet_waits_for_the_shards_of_this_job(run_dir: str, tmp_path: Path) -> None:
+    """Those of an earlier one, with other settings, do not count."""
+    arguments = ("--run", run_dir, "--prompt", "a", "b", "--save-dir", str(tmp_path))
+    for shard in ("0/2", "1/2"):
+        assert call(*arguments, "--shard", shard) == 0
+    (tmp_path / "sheet.png").unlink()
+    assert call(*arguments, "--seed", "7", "--shard", "1/2") == 0
+    assert not (tmp_path / "sheet.png").exists()
+    assert call(*arguments, "--seed", "7", "--shard", "0/2") == 0
+    assert (tmp_path / "sheet.png").exists()
+
+
+def test_the_sheet_can_be_made_alone_from_clips_that_are_there(
+    run_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--run", run_dir, "--prompt", "a", "b", "--save-dir", str(tmp_path))
+    assert call(*arguments, "--shard", "0/2") == 0
+    assert call(*arguments, "--sheet-only") == ExitCode.DATA
+    assert "1 of 2 clips are not in" in capsys.readouterr().err
+    assert call(*arguments, "--shard", "1/2") == 0
+    sheet = (tmp_path / "sheet.png").read_bytes()
+    (tmp_path / "sheet.png").unlink()
+    before = stamp(tmp_path)
+    assert call(*arguments, "--sheet-only") == 0
+    assert size(tmp_path / "sheet.png") == Image.open(io.BytesIO(sheet)).size
+    assert {name: time for name, time in stamp(tmp_path).items() if name != "sheet.png"} == before
+
+
+def test_a_pod_of_an_indexed_job_knows_its_shard(
+    run_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--run", run_dir, "--prompt", "a", "b", "c", "--save-dir", str(tmp_path))
+    monkeypatch.setenv("OPENSORA_NUM_SHARDS", "3")
+    assert call(*arguments) == ExitCode.USAGE
+    assert "JOB_COMPLETION_INDEX=None" in capsys.readouterr().err
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "1")
+    assert call(*arguments) == 0
+    assert {path.stem for path in tmp_path.glob("*.mp4")} == {"sample_0001"}
+
+
+def test_a_shard_without_clips_ends_well(run_dir: str, tmp_path: Path) -> None:
+    arguments = ("--run", run_dir, "--prompt", "a", "--save-dir", str(tmp_path))
+    assert call(*arguments, "--shard", "1/2") == 0
+    assert json.loads((tmp_path / "index/0001-of-0002.json").read_text())["clips"] == []
+    assert call(*arguments, "--shard", "0/2") == 0
+    assert (tmp_path / "sheet.png").exists()
+
+
+def test_ranks_of_shards_share_the_clips_and_the_last_one_makes_the_sheet(
+    run_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("--run", run_dir, "--prompt", *"abcde", "--save-dir", str(tmp_path))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for place, (shard, rank) in enumerate([(0, 1), (1, 0), (1, 1), (0, 0)]):
+        monkeypatch.setenv("RANK", str(rank))
+        assert call(*arguments, "--shard", f"{shard}/2") == 0
+        assert (tmp_path / "sheet.png").exists() == (place == 3)
+    assert len(list(tmp_path.glob("*.mp4"))) == 5
+
+
+@pytest.mark.parametrize("shard", ["2/2", "x", "1/0", "-1/2", "1"])
+def test_an_impossible_shard_is_told(shard: str, run_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("--run", run_dir, "--prompt", "a", f"--shard={shard}") == ExitCode.CONFIG
+    assert "0/4 is the first of four" in capsys.readouterr().err
+
+
 def test_runs_references_prompts_and_clips_may_be_in_a_bucket(bucket: str, tmp_path: Path) -> None:
     root = Storage(f"s3://{bucket}")
     make_run(root.child("run"))
