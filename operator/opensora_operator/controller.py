@@ -114,6 +114,7 @@ class Controller:
         self._objects: dict[Key, _Found] = {}
         self._nodes: dict[str, _Found] = {}
         self._profiles_listed: dict[str, float] = {}
+        self._listing_profiles = asyncio.Lock()
 
     def concern(self, key: Key, *, seconds: float = 0.0, later: bool = False) -> None:
         """Something about an object is new: look at it, and at those whose plan depends on it."""
@@ -288,14 +289,18 @@ class Controller:
         It is read once in an object's life, so "there is none" is not taken from a watch, which may be late.
         """
         found = self._stored_default(namespace)
-        if found is None and self._clock() - self._profiles_listed.get(namespace, 0.0) >= _LIST_SECONDS:
-            for kind in PROFILES:
-                async for items, _ in self._cluster.list_pages(kind, namespace):
-                    for item in items:
-                        self._store.put(kind, item)
-            self._profiles_listed[namespace] = self._clock()
-            found = self._stored_default(namespace)
-        return found
+        if found is not None:
+            return found
+        async with self._listing_profiles:  # of a hundred new runs one lists for all
+            if self._clock() - self._profiles_listed.get(namespace, 0.0) >= _LIST_SECONDS:
+                await asyncio.gather(*(self._list_profiles(kind, namespace) for kind in PROFILES))
+                self._profiles_listed[namespace] = self._clock()
+        return self._stored_default(namespace)
+
+    async def _list_profiles(self, kind: str, namespace: str) -> None:
+        async for items, _ in self._cluster.list_pages(kind, namespace):
+            for item in items:
+                self._store.put(kind, item)
 
     def _stored_default(self, namespace: str) -> Object | None:
         for kind, place in zip(PROFILES, (namespace, ""), strict=True):
@@ -444,7 +449,10 @@ class Controller:
             body = {}
         memory.children.pop((kind, name), None)
         if kind in _WATCHED:
-            if body.get("kind") == kind and "deletionTimestamp" in body["metadata"] and action.grace_seconds != 0:
+            ends_later = (
+                body.get("kind") == kind and {"deletionTimestamp", "resourceVersion"} <= body["metadata"].keys()
+            )
+            if ends_later and action.grace_seconds != 0:
                 self._store.put(kind, body)
             else:
                 self._store.remove_named(kind, namespace, name, uid=uid)

@@ -13,7 +13,7 @@ from opensora_operator.plans import Key
 
 _FIRST_RETRY_SECONDS = 0.2
 _MAX_RETRY_SECONDS = 60.0
-_PATIENCE_SECONDS = 10.0
+_PATIENCE_SECONDS = 30.0
 """What may wait does not wait longer than this for what is urgent."""
 
 

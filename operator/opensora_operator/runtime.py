@@ -88,7 +88,7 @@ class Runtime:
             self._start(self._watching.watch(kind, namespace, synced=synced[-1]))
         for event in synced:
             await event.wait()
-        await self._know(PROFILES)
+        await self._know((*self._kinds, *PROFILES))
         await self._channel.start()
         self._start(self._channel.keep())
         self._start(self._recorder.send())
@@ -110,7 +110,7 @@ class Runtime:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def observe(self, kind: str, body: Object, *, is_gone: bool) -> None:
-        """One of our objects has changed."""
+        """One of our objects has changed. kopf lists what `start` has listed: of that, nothing is new."""
         self._watching.heard()
         key = self._store.remove(kind, body) if is_gone else self._store.put(kind, body)
         if key is not None:

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from opensora_operator.cluster import ApiError, Cluster, WatchEvent, resource_of
-from opensora_operator.constants import LABEL_UID
+from opensora_operator.constants import API_VERSION, LABEL_UID
 from opensora_operator.plans import Key, Object
 from opensora_operator.store import Store, place_of
 
@@ -90,13 +90,15 @@ class Watching:
 
     def _take(self, kind: str, event: WatchEvent) -> None:
         if event.type == "DELETED":
-            self._tell(self._store.remove(kind, event.object))
-        elif event.type in ("ADDED", "MODIFIED"):
-            key = self._store.put(kind, event.object)
-            if key is not None and _is_news(event.object):
-                self._concern(key)
-            elif key is not None:
-                self._concern(key, seconds=_GATHER_SECONDS, later=True)
+            key = self._store.remove(kind, event.object)
+        else:
+            key = self._store.put(kind, event.object) if event.type != "BOOKMARK" else None
+        if key is None:
+            return
+        if event.type == "DELETED" or _is_news(event.object):
+            self._concern(key)
+        else:
+            self._concern(key, seconds=_GATHER_SECONDS, later=True)
 
     async def _list(self, kind: str, namespace: str | None, *, labels: str) -> str:
         listed = set()
@@ -105,15 +107,19 @@ class Watching:
             version = of_version
             for item in items:
                 listed.add(place_of(item))
-                self._tell(self._store.put(kind, item))
+                key = self._store.put(kind, item)
+                if key is not None:
+                    self._concern(key, later=not is_new(item))
         for key in self._store.drop_missing(kind, listed, namespace=namespace, version=version):
-            self._tell(key)
+            self._concern(key)
         self.heard()
         return str(version)
 
-    def _tell(self, key: Key | None) -> None:
-        if key is not None:
-            self._concern(key)
+
+def is_new(body: Object) -> bool:
+    """Whether an object that a list has waits for somebody to act: of thousands that run, a new one comes first."""
+    status, generation = body.get("status") or {}, body["metadata"].get("generation", 0)
+    return status.get("observedGeneration", 0) < generation if body["apiVersion"] == API_VERSION else _is_news(body)
 
 
 def _is_news(body: Object) -> bool:

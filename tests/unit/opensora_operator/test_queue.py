@@ -89,7 +89,7 @@ def test_what_may_wait_goes_after_what_is_urgent(queue: Queue, clock: Clock) -> 
 
 def test_what_may_wait_does_not_wait_for_ever(queue: Queue, clock: Clock) -> None:
     queue.add(key("status"), later=True)
-    clock.now += 11
+    clock.now += 31
     queue.add(key("new"))
     assert taken(queue) == ["status", "new"]
 
