@@ -136,8 +136,12 @@ def test_stacks_of_ranks_that_stand_still_are_written(
 ) -> None:
     program = str(Path(__file__).with_name("drill_ranks.py"))
     process = start(run.command(2, *LONG, program=program), OPENSORA_DRILL="hang,encode,9,1")
-    wait_until(lambda: operator.reports and operator.reports[-1].step > 0, process)
-    wait_until(lambda: time.monotonic() > operator.times[-1] + 0.5 and len(operator.reports) > 4, process)
+
+    def stands_still() -> bool:
+        last = [report.step for report in operator.reports[-8:]]
+        return len(last) == 8 and len(set(last)) == 1 and last[0] > 0
+
+    wait_until(stands_still, process, seconds=120)
     operator.ask(dump={"id": "stalled"})
     wait_until(lambda: operator.reports[-1].requests.get("dump") == "stalled", process)
     stacks = [(run.folder / f"dumps/attempt-1/stalled/rank-{rank}.txt").read_text() for rank in range(2)]
