@@ -568,6 +568,8 @@ class AttemptStatus:
     """Pods that it had."""
     started_at: Time | None = None
     """When its Job was made."""
+    ran_at: Time | None = None
+    """When the first of its pods was seen to run."""
     ended_at: Time | None = None
     """When its end was seen."""
     cause: Reason | None = None
@@ -898,6 +900,12 @@ class BatchSearchCleanup:
 class BatchSearchSpec:
     """Which batch sizes to find, for which model on which hardware. Only `suspend` and `cleanup` can be changed."""
 
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "!has(self.stepSeconds) || self.objective == 'EqualStepTime'", "stepSeconds needs objective EqualStepTime"
+        ),
+    )
+
     profile_ref: Annotated[ProfileRef | None, Immutable(_NEW_JOB)] = None
     """Profile that fills in what is left open here; the default profile unless given."""
     image: Annotated[Image | None, Immutable(_NEW_JOB)] = None
@@ -920,6 +928,9 @@ class BatchSearchSpec:
     """Share of the memory that stays free."""
     objective: Annotated[Literal["MaxFit", "EqualStepTime"], Immutable(_NEW_JOB)] = "MaxFit"
     """`MaxFit` takes the largest batch that fits; `EqualStepTime` the one whose step takes as long as the others'."""
+    step_seconds: Annotated[float, Bounds(0.001, 86_400), Immutable(_NEW_JOB)] | None = None
+    """With `EqualStepTime`, how long a step may take. Unless given, as long as at the largest batch of the bucket where
+    that is shortest, or as one clip of the slowest bucket where that is longer."""
     memory_budget: Annotated[Quantity | None, Immutable(_NEW_JOB)] = None
     """Memory of a rank that may be used; that of the accelerator unless given. On a CPU it is needed."""
     parallel_trials: Annotated[int, Bounds(1, 64), Immutable(_NEW_JOB)] = 1
@@ -951,9 +962,14 @@ class BucketResult:
     seconds: Decimal | None = None
     """Time of a step."""
     evidence: Annotated[str, Length(0, 1024)] = ""
-    """What was measured."""
+    """What was measured: `4:3221225472:0.81` is a batch of 4 that took so many bytes and seconds a step, `8:oom` one
+    that did not fit."""
     message: Annotated[str, Length(0, 1024)] = ""
     """Why it failed."""
+    probe: Count = 0
+    """Number of its newest probe, the Job `NAME-pNUMBER`; 0 before the first."""
+    failures: Count = 0
+    """Probes that failed for other reasons than memory and disruptions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -976,6 +992,12 @@ class BatchSearchStatus:
     """ConfigMap with the batch sizes, once all are known."""
     reused: bool = False
     """The table was there already."""
+    facts: Annotated[str, Length(0, 2048)] = ""
+    """What the measurements hold for, as the table has it: JSON."""
+    empty_bytes: Count = 0
+    """On a CPU: what a rank takes without a batch."""
+    step_seconds: Decimal | None = None
+    """With `EqualStepTime`: how long a step may take."""
     resolved: ResolvedStatus = field(default_factory=ResolvedStatus)
     """What was found out when the object was first seen."""
     started_at: Time | None = None

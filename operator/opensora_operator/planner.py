@@ -174,7 +174,8 @@ class _Run:
     @property
     def is_resized(self) -> bool:
         """Another number of nodes was asked for since the attempt began."""
-        return self.status.nodes.requested not in (0, self.spec.nodes)
+        is_described = self.status.job == job_name(self.name, self.attempt)
+        return is_described and self.status.nodes.requested != self.spec.nodes
 
     @property
     def restart_id(self) -> str | None:
@@ -250,6 +251,9 @@ def _decide(run: _Run) -> Plan | None:
         return _attempt_ended(run, _why_it_stopped(run, job, cause))
     if run.must_stop is not None:
         return _stopped_on_purpose(run, job)
+    if _has_lost_its_place(run, job):
+        message = f"the queue {run.queue} took its place away"
+        return _attempt_ended(run, Cause(reason=Reason.QUEUED, message=message))
     return _deadline(run, job)
 
 
@@ -269,9 +273,16 @@ def _stopped_on_purpose(run: _Run, job: JobView) -> Plan | None:
     reason = run.must_stop
     if reason is None or not job.suspended or any(pod.is_live for pod in run.pods):
         return None
-    if reason is Reason.SUSPENDED:
-        return None  # the same Job can go on
+    if reason is Reason.SUSPENDED and run.record().ran_at is None:
+        return None  # nothing of the attempt has run: the same Job can go on
     return _attempt_ended(run, Cause(reason=reason, message=""))
+
+
+def _has_lost_its_place(run: _Run, job: JobView) -> bool:
+    """The queue has suspended a Job whose pods ran, and they are gone. What runs next gets a number of its own: the
+    number is what keeps processes that were left behind from committing."""
+    is_out = run.queue is not None and job.suspended and run.record().ran_at is not None
+    return is_out and not any(pod.is_live for pod in run.pods)
 
 
 def _job_is_gone(run: _Run) -> Plan | None:
@@ -509,7 +520,7 @@ def _converge(run: _Run) -> Plan:
     if job is not None:
         _start_or_stop(run, job, actions)
         status = _with_attempt(run, job, status, actions)
-    elif run.wants_pods:
+    elif run.wants_pods and run.status.job != job_name(run.name, run.attempt):  # never the same Job twice
         wanted = _wanted(run)
         if isinstance(wanted, State):
             problem = wanted
@@ -551,7 +562,7 @@ def _stop_earlier_attempts(run: _Run, actions: list[Action]) -> None:
             continue
         if job.deleting or any(job.condition(kind) for kind in ("FailureTarget", "Failed", "Complete")):
             ending.add(job.name)
-        elif job.active or not job.suspended:
+        elif run.queue is not None or job.active or not job.suspended:
             actions.append(Delete(kind="Job", name=job.name, uid=job.uid))
             ending.add(job.name)
     for pod in run.earlier_live_pods:
@@ -580,8 +591,9 @@ def _remove_stuck_pods(run: _Run, actions: list[Action], events: list[Event]) ->
 
 def _trim_history(run: _Run, actions: list[Action]) -> None:
     oldest = run.attempt - run.spec.cleanup.attempt_history_limit
+    deleted = {action.name for action in actions if isinstance(action, Delete)}
     for job in run.observed.jobs:
-        if job.attempt < oldest and not job.deleting:
+        if job.attempt < oldest and not job.deleting and job.name not in deleted:
             actions.append(Delete(kind="Job", name=job.name, uid=job.uid))
 
 
@@ -933,6 +945,9 @@ def _described(
     started = status.started_at
     if started is None and any(pod.ready or pod.exit_code is not None for pod in run.pods):
         started = run.now
+    record = run.record()
+    if record.ran_at is None and job_exists and any(pod.ready or pod.exit_code is not None for pod in run.pods):
+        status = replace(status, attempts=_with_record(status.attempts, replace(record, ran_at=run.now)))
     status = replace(
         status,
         nodes=nodes,

@@ -54,6 +54,8 @@ class World:
         self.rejected: dict[str, str] = {}
         self.report: ProgressReport | None = None
         self.events: list[str] = []
+        self.suspended_jobs_fail = True
+        """Whether pods that end because their Job is suspended make it fail: Kubernetes does either."""
         self.writes_left: int | None = None
         self.num_writes = 0
         self.was_deleted = False
@@ -271,7 +273,7 @@ class World:
                 set_condition(job, "Complete", self.now)
                 continue
             failed = [pod for pod in mine if pod["status"]["phase"] == "Failed"]
-            if failed:
+            if failed and (self.suspended_jobs_fail or not job["spec"]["suspend"]):
                 failed.sort(key=_ended_at)
                 set_condition(job, "FailureTarget", self.now, **self._judge(job, failed[0]))
                 for pod in mine:

@@ -327,8 +327,11 @@ def test_a_run_that_never_starts_fails_and_says_what_it_waited_for() -> None:
 # What people ask for
 
 
-def test_suspending_and_resuming_continues_with_a_new_attempt_that_counts_as_nothing() -> None:
-    world = World().running()
+@pytest.mark.parametrize("job_fails", [True, False])
+def test_suspending_and_resuming_continues_with_a_new_attempt_that_counts_as_nothing(job_fails: bool) -> None:
+    world = World()
+    world.suspended_jobs_fail = job_fails
+    world.running()
     world.edit(suspend=True)
     world.settle()
     assert world.phase == "Suspended"
@@ -427,8 +430,10 @@ def test_with_a_queue_the_job_is_made_suspended_and_left_to_the_queue() -> None:
     assert world.phase == "Running"
 
 
-def test_a_run_that_loses_its_place_in_the_queue_waits_again_and_counts_no_failure() -> None:
+@pytest.mark.parametrize("job_fails", [True, False])
+def test_a_run_that_loses_its_place_in_the_queue_waits_again_and_counts_no_failure(job_fails: bool) -> None:
     world = World(scheduling={"queue": "team-a"})
+    world.suspended_jobs_fail = job_fails
     world.settle()
     world.suspend_job("demo-a1", False)
     world.running()
@@ -436,6 +441,7 @@ def test_a_run_that_loses_its_place_in_the_queue_waits_again_and_counts_no_failu
     world.settle()
     assert world.status["attempts"][0]["cause"] == "Queued"
     assert world.job(2)["spec"]["suspend"]
+    assert job_fails or "demo-a1" not in world.jobs, "the queue must not start it again"
     assert world.phase == "Queued"
     assert (world.status["restarts"], world.status["disruptions"]) == (0, 0)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from opensora_operator.constants import ExitCode
@@ -29,8 +29,11 @@ class Machine(RuleBasedStateMachine):
         history=st.integers(0, 3),
         policy=st.sampled_from(["AllRanks", "RankZero"]),
         backoff=st.sampled_from([0, 10]),
+        suspended_jobs_fail=st.booleans(),
     )
-    def begin(self, queue: bool, elastic: bool, history: int, policy: str, backoff: int) -> None:
+    def begin(
+        self, queue: bool, elastic: bool, history: int, policy: str, backoff: int, suspended_jobs_fail: bool
+    ) -> None:
         self.world = World(
             scheduling={"queue": "team"} if queue else {},
             cleanup={"attemptHistoryLimit": history, "ttlSecondsAfterFinished": None},
@@ -44,6 +47,7 @@ class Machine(RuleBasedStateMachine):
             successPolicy=policy,
             **({"elastic": {"allowedNodes": [2, 1]}} if elastic else {}),
         )
+        self.world.suspended_jobs_fail = suspended_jobs_fail
         self.can_resize = elastic
         self._reconcile()
 
@@ -244,6 +248,12 @@ class Machine(RuleBasedStateMachine):
 
 
 TestMachine = Machine.TestCase
+# A failure is told as it was found: to make it shorter takes minutes.
 TestMachine.settings = settings(
-    max_examples=150, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+    max_examples=150,
+    stateful_step_count=50,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
 )
