@@ -25,9 +25,11 @@ export UV_PYTHON_DOWNLOADS := never
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
+# Kubernetes is built from its sources on first use, beside the first tests.
 .PHONY: test
-test: lint  ## Lint, then all tests: unit, then integration
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/integration $(ARGS)
+test: lint  ## Lint, then all tests: unit, integration, on a real API server, on a real cluster
+	nice $(BIN)/python tests/cluster/build.py & trap "kill $$! 2>/dev/null || true" EXIT; \
+		OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/integration tests/control_plane tests/cluster $(ARGS)
 
 .PHONY: check
 check: lint  ## Lint, then the unit tests
@@ -51,6 +53,16 @@ quickstart: .venv/.installed  ## Train and sample a small model on this machine 
 
 # CPU and CUDA builds of torch differ in what they need, so neither torch nor the CUDA packages are locked;
 # pyproject.toml pins torch, and torch pins those.
+.PHONY: cluster
+cluster: .venv/.installed  ## A throw-away Kubernetes of two nodes on this machine (ARGS="--detach", ARGS="--down")
+	$(BIN)/python tests/cluster/up.py $(ARGS)
+
+.PHONY: generate
+generate: .venv/.installed  ## Write CRDs, RBAC and reference pages anew
+	$(BIN)/python -m opensora.config.describe --write
+	$(BIN)/python -m opensora_operator.crd
+	$(BIN)/python -m opensora_operator.packaging
+
 .PHONY: lock
 lock: $(BIN)/uv  ## Write requirements.lock anew (ARGS="--upgrade" takes newer versions)
 	$(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version 3.11 $(EXTRAS:%=--extra %) \
