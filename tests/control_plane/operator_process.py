@@ -54,6 +54,11 @@ class OperatorProcess(Process):
         self.start()
         self.wait_until(lambda: "at work in" in self.log.read_text()[since:], seconds)
 
+    def wait_for_end(self, seconds: float) -> int:
+        """Wait until it ends by itself and return its exit code."""
+        assert self._popen is not None
+        return self._popen.wait(seconds)
+
     def get(self, path: str) -> tuple[int, str]:
         """Status and text of /healthz or /metrics."""
         addresses = re.findall(r"metrics and health at 127\.0\.0\.1:(\d+)", self.log.read_text())

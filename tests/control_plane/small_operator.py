@@ -100,6 +100,7 @@ def _metadata(body: Object, name: str, attempt: int) -> Object:
     }
 
 
+SMALL_KINDS = {"TrainingRun": Kind(needs=needs, plan=plan)}
+
 if __name__ == "__main__":
-    kinds = {"TrainingRun": Kind(needs=needs, plan=plan)}
-    sys.exit(run(lambda settings: Operator(settings, kinds=kinds), sys.argv[1:]))
+    sys.exit(run(lambda settings: Operator(settings, kinds=SMALL_KINDS), sys.argv[1:]))
