@@ -10,9 +10,11 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
@@ -27,7 +29,6 @@ from opensora.datasets.batch_table import BatchTable, Fit
 from opensora.errors import ExitCode, OpenSoraError, StopRequestedError
 
 
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Search as the command line asks; returns the exit code."""
     messages = Console(stderr=True)
@@ -39,8 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = load_search_config(command.search)
         progress.begin((settings.bucket or ("",))[0])
         config = load_train_config(command.train.config, command.train.overrides, flags=command.train.flags)
-        search = BatchSearch(config, settings, measure=FreshProcesses(config, settings), tell=progress.tell)
-        with _stop_on_sigterm():
+        with (
+            _stop_on_sigterm(),
+            tempfile.TemporaryDirectory(prefix="opensora-search-", ignore_cleanup_errors=True) as folder,
+        ):
+            measure = FreshProcesses(config, settings, folder=Path(folder))
+            search = BatchSearch(config, settings, measure=measure, tell=progress.tell)
             table = search.run()
     except OpenSoraError as error:
         messages.print(f"error: {error.message}", style="red", markup=False, highlight=False, soft_wrap=True)

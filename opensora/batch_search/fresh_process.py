@@ -52,9 +52,18 @@ class FreshProcesses:
     The launcher finds out how a rank ended, the OOM killer included, and says it in its verdict.
     """
 
-    def __init__(self, config: TrainConfig, settings: SearchConfig) -> None:
+    def __init__(self, config: TrainConfig, settings: SearchConfig, *, folder: Path) -> None:
+        """Nothing is started yet.
+
+        Args:
+            config: the training.
+            settings: how it is measured.
+            folder: for scratch files; the caller removes it.
+        """
         self._config_text = dump_config(config)
         self._settings = settings
+        self._folder = folder
+        self._has_bytecode = False
 
     def __call__(self, bucket: str, batch_size: int) -> Outcome:
         """Measure one batch size; 0 is the empty batch.
@@ -62,8 +71,10 @@ class FreshProcesses:
         Raises:
             StopRequestedError: the processes were asked to stop.
         """
-        with tempfile.TemporaryDirectory(prefix="opensora-search-", ignore_cleanup_errors=True) as folder:
-            scratch = Path(folder)
+        if not self._has_bytecode:
+            self._compile()
+        with tempfile.TemporaryDirectory(dir=self._folder, ignore_cleanup_errors=True) as name:
+            scratch = Path(name)
             request = ProbeRequest(
                 config=self._config_text,
                 bucket=bucket,
@@ -75,15 +86,34 @@ class FreshProcesses:
             status, oom_killed = self._run(scratch)
             return outcome_of(scratch, status, oom_killed=oom_killed)
 
+    def _compile(self) -> None:
+        """Have Python compile the modules that a measurement loads: it takes memory, and nothing should measure that.
+
+        What this process may not leave beside the modules (PYTHONDONTWRITEBYTECODE) goes to the scratch folder; to
+        compile torch for every measurement takes longer than the steps.
+        """
+        command = [sys.executable, "-c", "import opensora.batch_search.probe as probe; probe.load_modules()"]
+        with running(command, env=self._environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            process.wait()  # if it fails, the first measurement says why
+        self._has_bytecode = True
+
+    def _environment(self) -> dict[str, str]:
+        # What tells a launcher about a run does not hold for these processes.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENSORA_")}
+        if environment.pop("PYTHONDONTWRITEBYTECODE", None) is not None:
+            environment["PYTHONPYCACHEPREFIX"] = str(self._folder / "bytecode")
+        return environment
+
     def _run(self, scratch: Path) -> tuple[int | None, bool]:
         """Exit status of the launcher, None where it took too long; and whether it was itself killed for memory."""
         command = [
             sys.executable, "-m", "opensora.launch", "--nproc-per-node", str(self._settings.nproc_per_node),
             "opensora.batch_search.probe", str(scratch / "request.json"),
         ]  # fmt: skip
-        # What tells a launcher about a run does not hold for these processes.
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENSORA_")}
-        environment |= {"OPENSORA_TERMINATION_LOG": str(scratch / "verdict.json"), "TMPDIR": str(scratch)}
+        environment = self._environment() | {
+            "OPENSORA_TERMINATION_LOG": str(scratch / "verdict.json"),
+            "TMPDIR": str(scratch),
+        }
         deadline = time.monotonic() + self._settings.probe_timeout_seconds
         kills = OomKills()
         with (

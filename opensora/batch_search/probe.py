@@ -8,6 +8,7 @@ empty batch is the step of a rank without clips: what is left when that is taken
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import logging
 import statistics
@@ -92,6 +93,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logger.error("%s", error if isinstance(error, OpenSoraError) else "\n".join(record.last_words))
         return record.code
     return ExitCode.DONE
+
+
+def load_modules() -> None:
+    """Import what a measurement imports."""
+    for name in (
+        "opensora.acceleration.mesh",
+        "opensora.training.trainer",
+        "opensora.training.batch_sizes",
+        "torch.utils.tensorboard",
+    ):
+        importlib.import_module(name)
 
 
 def measure(request: ProbeRequest, *, scratch: Path, position: Position) -> ProbeResult | None:
