@@ -27,6 +27,7 @@ class Reason(StrEnum):
     INVALID_SPEC = "InvalidSpec"
     PROFILE_NOT_FOUND = "ProfileNotFound"
     CONFIG_MISSING = "ConfigMissing"
+    RUN_NOT_FOUND = "RunNotFound"
     NAME_CONFLICT = "NameConflict"
     REJECTED = "Rejected"
     # Scheduled
@@ -86,6 +87,7 @@ class Reason(StrEnum):
     STARTUP_DEADLINE_EXCEEDED = "StartupDeadlineExceeded"
     IMAGE_PULL_FAILED = "ImagePullFailed"
     CANCELLED = "Cancelled"
+    CHECKPOINT_NOT_FOUND = "CheckpointNotFound"
     SHARDS_FAILED = "ShardsFailed"
     BUCKETS_FAILED = "BucketsFailed"
     # Events only
@@ -125,6 +127,10 @@ EXPLANATIONS: dict[Reason, Explanation] = {
     Reason.CONFIG_MISSING: Explanation(
         "A ConfigMap, or a key of it, that the spec names does not exist.",
         "Create it in the namespace of the object; the operator looks again every 30 s.",
+    ),
+    Reason.RUN_NOT_FOUND: Explanation(
+        "`checkpoint.runRef` names a TrainingRun that does not exist.",
+        "Create it in the same namespace, or name the run directory with `checkpoint.uri`.",
     ),
     Reason.NAME_CONFLICT: Explanation(
         "An object of the name that is needed belongs to somebody else. It is left alone.",
@@ -241,6 +247,9 @@ EXPLANATIONS: dict[Reason, Explanation] = {
         "The image cannot be pulled; the message is the kubelet's.", "Correct the image or its pull secret."
     ),
     Reason.CANCELLED: Explanation("`spec.requests.stop` ended it."),
+    Reason.CHECKPOINT_NOT_FOUND: Explanation(
+        "The run has ended without the checkpoint that was asked for.", "Name a step that the run has saved."
+    ),
     Reason.SHARDS_FAILED: Explanation(
         "Some prompts could not be sampled; status names the shards.", "See the logs of those pods."
     ),
