@@ -60,7 +60,6 @@ def run(config: TrainConfig, *, control: StopControl, position: Position) -> Non
     from opensora.acceleration.mesh import init_world
     from opensora.sampling.rounds import RoundSampler
     from opensora.training.batch_sizes import use_batch_table
-    from opensora.training.batch_sizes import use_batch_table
     from opensora.training.failures import translated
     from opensora.training.stack_dumps import StackDumps
     from opensora.training.trainer import COMPUTE_DTYPES, Trainer, build_parts
@@ -74,7 +73,6 @@ def run(config: TrainConfig, *, control: StopControl, position: Position) -> Non
     if world.is_main:
         storage.check_access(write=True)
     attempt = world.broadcast(records.own_attempt(storage) if world.is_main else 0)
-    config = use_batch_table(config, world, storage)
     config = use_batch_table(config, world, storage)
     watchdog = Watchdog(config.watchdog, clock=position.clock, on_stall=on_stall)
     dumps, operator = None, None
