@@ -251,9 +251,10 @@ def _decide(run: _Run) -> Plan | None:
         return _attempt_ended(run, _why_it_stopped(run, job, cause))
     if run.must_stop is not None:
         return _stopped_on_purpose(run, job)
-    if _has_lost_its_place(run, job):
-        message = f"the queue {run.queue} took its place away"
-        return _attempt_ended(run, Cause(reason=Reason.QUEUED, message=message))
+    if _was_suspended(run, job):
+        by_queue = Cause(reason=Reason.QUEUED, message=f"the queue {run.queue} took its place away")
+        by_hand = Cause(reason=Reason.SUSPENDED, message=f"the Job {job.name} was suspended")
+        return _attempt_ended(run, by_hand if run.queue is None else by_queue)
     return _deadline(run, job)
 
 
@@ -278,11 +279,10 @@ def _stopped_on_purpose(run: _Run, job: JobView) -> Plan | None:
     return _attempt_ended(run, Cause(reason=reason, message=""))
 
 
-def _has_lost_its_place(run: _Run, job: JobView) -> bool:
-    """The queue has suspended a Job whose pods ran, and they are gone. What runs next gets a number of its own: the
-    number is what keeps processes that were left behind from committing."""
-    is_out = run.queue is not None and job.suspended and run.record().ran_at is not None
-    return is_out and not any(pod.is_live for pod in run.pods)
+def _was_suspended(run: _Run, job: JobView) -> bool:
+    """The queue, or somebody, has suspended a Job whose pods ran, and they are gone. What runs next gets a number of
+    its own: the number is what keeps processes that were left behind from committing."""
+    return job.suspended and run.record().ran_at is not None and not any(pod.is_live for pod in run.pods)
 
 
 def _job_is_gone(run: _Run) -> Plan | None:
@@ -550,7 +550,7 @@ def _start_or_stop(run: _Run, job: JobView, actions: list[Action]) -> None:
             actions.append(Delete(kind="Job", name=job.name, uid=job.uid))
         elif not job.suspended:
             actions.append(SetSuspend(name=job.name, uid=job.uid, suspend=True))
-    elif job.suspended and run.queue is None:
+    elif job.suspended and run.queue is None and run.record().ran_at is None:
         actions.append(SetSuspend(name=job.name, uid=job.uid, suspend=False))
 
 

@@ -18,6 +18,8 @@ from operator_process import eventually
 Object = dict[str, Any]
 API = "/apis/opensora.dev/v1alpha1"
 _POLL_SECONDS = 0.15
+_HEARTBEAT_SECONDS = 2.0
+_NODES = ("node-0", "node-1")
 SPEC: Object = {
     "image": "example.com/opensora:1",
     "runUri": "s3://bucket/demo",
@@ -41,8 +43,12 @@ class Kubelets(threading.Thread):
         """Namespace → what pods end with that are asked to stop; 75 unless given."""
 
     def run(self) -> None:
+        beat = 0.0
         while not self._stopping.wait(_POLL_SECONDS):
             with contextlib.suppress(OSError, ApiError):  # the API server is away: that is some tests' business
+                if time.monotonic() - beat > _HEARTBEAT_SECONDS:
+                    beat = time.monotonic()
+                    self._keep_nodes()
                 selector = "labelSelector=opensora.dev/uid"
                 for pod in self._control_plane.request("GET", f"/api/v1/pods?{selector}")["items"]:
                     with contextlib.suppress(ApiError):  # it has changed or is gone
@@ -51,6 +57,8 @@ class Kubelets(threading.Thread):
     def stop(self) -> None:
         self._stopping.set()
         self.join(10)
+        for name in _NODES:
+            self._control_plane.request("DELETE", f"/api/v1/nodes/{name}")
 
     def _look_after(self, pod: Object) -> None:
         habit = self.habits.get(pod["metadata"]["namespace"], "")
@@ -67,6 +75,18 @@ class Kubelets(threading.Thread):
             if not pod["spec"].get("nodeName"):
                 self._bind(pod)
             set_status(self._control_plane, pod, "Running", {"running": {"startedAt": now()}})
+
+    def _keep_nodes(self) -> None:
+        """Nodes that answer. The scheduler leaves them alone."""
+        for name in _NODES:
+            ready = {"type": "Ready", "status": "True", "reason": "KubeletReady", "lastHeartbeatTime": now()}
+            path = f"/api/v1/nodes/{name}"
+            body = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}, "spec": {"unschedulable": True}}
+            with contextlib.suppress(ApiError):  # it is there
+                self._control_plane.request("POST", "/api/v1/nodes", body)
+            change = {"status": {"conditions": [ready]}}
+            content = "application/strategic-merge-patch+json"
+            self._control_plane.request("PATCH", f"{path}/status", change, content_type=content)
 
     def _bind(self, pod: Object) -> None:
         index = pod["metadata"]["annotations"]["batch.kubernetes.io/job-completion-index"]

@@ -256,8 +256,9 @@ def test_a_queue_decides_when_a_run_starts_and_may_take_its_place_away(stage: St
     stage.patch(f"{path}/demo-a1", {"spec": {"suspend": False}})
     stage.until_phase("Running")
     stage.patch(f"{path}/demo-a1", {"spec": {"suspend": True}})
-    stage.until_phase("Queued", attempt=2)
+    stage.until(lambda: "demo-a2" in stage.jobs())
     assert stage.jobs()["demo-a2"]["spec"]["suspend"]
+    stage.until_phase("Queued", attempt=2)
     assert (stage.status["restarts"], stage.status["disruptions"]) == (0, 0)
     stage.patch(f"{path}/demo-a2", {"spec": {"suspend": False}})
     stage.until_phase("Running", attempt=2)
@@ -335,7 +336,7 @@ def test_a_missing_secret_is_named_while_the_pod_waits(stage: Stage) -> None:
 def test_edited_children_do_not_confuse_a_run(stage: Stage) -> None:
     stage.create().until_phase("Running")
     path = f"/apis/batch/v1/namespaces/{stage.namespace}/jobs/demo-a1"
-    stage.patch(path, {"spec": {"suspend": True}})  # by hand: it is resumed
+    stage.patch(path, {"spec": {"suspend": True}})  # by hand: what ran once gets a new number
     stage.until_phase("Running", attempt=2)
     stage.succeed()
     stage.until_phase("Succeeded")

@@ -603,3 +603,14 @@ def test_shell_characters_stay_what_they_are() -> None:
     assert container["args"][-1] == nasty
     assert "run_uri=s3://bucket/a b;c" in container["args"]
     assert container["command"] == ["python", "-m", "opensora.launch"]
+
+
+def test_a_job_that_somebody_suspends_by_hand_is_followed_by_the_next_attempt() -> None:
+    world = World()
+    world.suspended_jobs_fail = False
+    world.running()
+    world.suspend_job("demo-a1", True)
+    world.settle()
+    assert world.job(1)["spec"]["suspend"]
+    assert not world.job(2)["spec"]["suspend"]
+    assert (world.status["restarts"], world.status["disruptions"]) == (0, 0)
