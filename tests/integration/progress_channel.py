@@ -72,8 +72,8 @@ class PretendedCluster:
         content = self.tokens.get(token)
         if content is None:
             return {"authenticated": False, "error": "unknown"}
-        bound = content["kubernetes.io"]
-        extra = {"authentication.kubernetes.io/pod-uid": [bound["pod"]["uid"]]}
+        pod = content["kubernetes.io"].get("pod")
+        extra = {"authentication.kubernetes.io/pod-uid": [pod["uid"]]} if pod else {}
         user = {"username": content["sub"], "extra": extra}
         return {"authenticated": True, "audiences": [a for a in content["aud"] if a == audience], "user": user}
 

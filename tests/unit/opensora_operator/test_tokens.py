@@ -203,6 +203,10 @@ def test_a_review_of_a_token_that_is_no_pods_names_nobody() -> None:
     cluster.tokens[token]["sub"] = "system:node:gpu-7"
     with pytest.raises(BadTokenError, match="not that of a pod"):
         identify(TokenChecker(cluster), token)
+    token = cluster.make_token()
+    del cluster.tokens[token]["kubernetes.io"]["pod"]  # a service account's own
+    with pytest.raises(BadTokenError, match="not that of a pod"):
+        identify(TokenChecker(cluster), token)
 
 
 def test_a_review_for_one_run_does_not_serve_another() -> None:
