@@ -265,7 +265,7 @@ def pod_of(workload: Workload) -> Object:
         "name": TRAINER,
         "image": workload.image,
         "command": list(workload.command),
-        "args": list(workload.args),
+        "args": [_literal(argument) for argument in workload.args],
         "env": _environment(workload, given),
         "resources": {key: value for key, value in resources.items() if value},
         "volumeMounts": [*mounts, *given.get("volumeMounts", [])],
@@ -348,7 +348,7 @@ def _environment(workload: Workload, given: Object) -> list[Object]:
     """The operator's variables stand last and cannot be given by others: the schema refuses their names."""
     env = [{"name": name, "value": value} for name, value in sorted(workload.profile.network.env.items())]
     env = _merge_lists(env, given.get("env", []), by="name")
-    ours: list[Object] = [{"name": name, "value": value} for name, value in workload.env.items()]
+    ours: list[Object] = [{"name": name, "value": _literal(value)} for name, value in workload.env.items()]
     for name, path in (
         ("OPENSORA_POD_NAME", "metadata.name"),
         ("OPENSORA_POD_UID", "metadata.uid"),
@@ -358,6 +358,11 @@ def _environment(workload: Workload, given: Object) -> list[Object]:
     if workload.endpoint is not None:
         ours.insert(0, {"name": "AWS_ENDPOINT_URL", "value": workload.endpoint})
     return _merge_lists(env, ours, by="name")
+
+
+def _literal(text: str) -> str:
+    """Text that the kubelet leaves as it is: it puts the value of a variable, secrets included, for `$(NAME)`."""
+    return text.replace("$", "$$")
 
 
 def _container_security(given: Object, *, lock_memory: bool) -> Object:

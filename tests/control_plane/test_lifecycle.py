@@ -379,7 +379,7 @@ def test_pods_get_what_the_run_and_its_profile_say(stage: Stage) -> None:
     env = {item["name"]: item.get("value") for item in container["env"]}
     assert env["MINE"] == "$(nope); `id`"
     assert env["OPENSORA_MASTER_ADDR"] == "demo-a1-0.demo"
-    assert container["args"][-1] == "optim.lr=$(reboot)"
+    assert container["args"][-1] == "optim.lr=$$(reboot)"  # which the kubelet reads as one dollar and no variable
     assert spec["subdomain"] == "demo"
     assert spec["automountServiceAccountToken"] is False
     assert {"medium": "Memory", "sizeLimit": str(2**30)} in [volume.get("emptyDir") for volume in spec["volumes"]]

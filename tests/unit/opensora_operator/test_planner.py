@@ -595,13 +595,16 @@ def test_a_status_that_was_lost_is_found_again_from_the_jobs() -> None:
     assert sorted(world.jobs) == ["demo-a1", "demo-a2"]
 
 
-def test_shell_characters_stay_what_they_are() -> None:
-    nasty = "a=$(reboot); `id` && \"'|\\"
-    world = World(config={"inline": "x: 1", "overrides": [nasty]}, runUri="s3://bucket/a b;c")
+def test_shell_characters_and_names_of_variables_stay_what_they_are() -> None:
+    """There is no shell; and the kubelet, which puts a variable's value for `$(NAME)`, reads `$$` as a dollar."""
+    nasty = "a=$(AWS_SECRET_ACCESS_KEY); $$ `id` && \"'|\\"
+    world = World(config={"inline": "x: 1", "overrides": [nasty]}, runUri="s3://bucket/a b;c$(HOME)")
     world.reconcile()
     container = world.job(1)["spec"]["template"]["spec"]["containers"][0]
-    assert container["args"][-1] == nasty
-    assert "run_uri=s3://bucket/a b;c" in container["args"]
+    assert container["args"][-1] == "a=$$(AWS_SECRET_ACCESS_KEY); $$$$ `id` && \"'|\\"
+    assert "run_uri=s3://bucket/a b;c$$(HOME)" in container["args"]
+    env = {item["name"]: item.get("value") for item in container["env"]}
+    assert env["OPENSORA_RUN_URI"] == "s3://bucket/a b;c$$(HOME)"
     assert container["command"] == ["python", "-m", "opensora.launch"]
 
 
