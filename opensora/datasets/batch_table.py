@@ -100,13 +100,16 @@ class BatchTable:
 
     def with_bucket(self, bucket: str, found: BucketResult | BucketFailure | Evidence) -> Self:
         """The table with this instead of what it had on the bucket."""
-        parts: dict[str, dict[str, Any]] = {
-            name: {other: value for other, value in getattr(self, name).items() if other != bucket}
-            for name in ("buckets", "failed", "unfinished")
-        }
-        names = {BucketResult: "buckets", BucketFailure: "failed", Evidence: "unfinished"}
-        parts[names[type(found)]][bucket] = found
-        return replace(self, **parts)
+        buckets, failed, unfinished = dict(self.buckets), dict(self.failed), dict(self.unfinished)
+        for part in (buckets, failed, unfinished):
+            part.pop(bucket, None)
+        if isinstance(found, BucketResult):
+            buckets[bucket] = found
+        elif isinstance(found, BucketFailure):
+            failed[bucket] = found
+        else:
+            unfinished[bucket] = found
+        return replace(self, buckets=buckets, failed=failed, unfinished=unfinished)
 
     def to_json(self) -> str:
         return json.dumps({"version": VERSION, "key": self.key, **asdict(self)}, indent=1)
