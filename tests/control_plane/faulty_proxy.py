@@ -71,13 +71,13 @@ class FaultyProxy(threading.Thread):
 
     def run(self) -> None:
         asyncio.set_event_loop(self._loop)
-        self._loop.run_until_complete(self._start())
+        self._loop.run_until_complete(self._begin())
         self._ready.set()
         self._loop.run_forever()
-        self._loop.run_until_complete(self._stop())
+        self._loop.run_until_complete(self._end())
         self._loop.close()
 
-    async def _start(self) -> None:
+    async def _begin(self) -> None:
         tls = ssl.create_default_context(cafile=str(self._control_plane.ca_file))
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(ssl=tls, limit=0, force_close=True), auto_decompress=False
@@ -90,7 +90,7 @@ class FaultyProxy(threading.Thread):
         await site.start()
         self.port = self._runner.addresses[0][1]
 
-    async def _stop(self) -> None:
+    async def _end(self) -> None:
         for task in self._streams:
             task.cancel()
         await self._runner.cleanup()
@@ -123,7 +123,7 @@ class FaultyProxy(threading.Thread):
         url = f"{self._control_plane.url}{request.rel_url.raw_path_qs}"
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
         async with self._session.request(
-            request.method, url, headers=headers, data=await request.read(), timeout=timeout
+            request.method, url, headers=headers, data=await request.read() or None, timeout=timeout
         ) as answer:
             lost = self.fault_of_answer(request)
             if lost is not None:

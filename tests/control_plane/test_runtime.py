@@ -20,7 +20,7 @@ from operator_process import SMALL, OperatorProcess, eventually, grant
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
 Object = dict[str, Any]
-FAST_LEASE = {"lease_seconds": 5, "renew_seconds": 3, "retry_seconds": 0.5}
+FAST_LEASE = {"lease_seconds": 10, "renew_seconds": 6, "retry_seconds": 0.5}
 
 
 class Stage:
@@ -274,7 +274,7 @@ def test_of_two_replicas_one_works_and_the_other_takes_over(stage: Stage) -> Non
     killed = time.monotonic()
     stage.create("after")
     stage.until_running("after")
-    assert time.monotonic() - killed < 5 + 15
+    assert time.monotonic() - killed < FAST_LEASE["lease_seconds"] + 15
     assert stage.lease()["holderIdentity"] == second.identity
     assert stage.jobs() == ["after-a1", "before-a1"]
 
@@ -305,17 +305,18 @@ def test_a_leader_that_is_cut_off_ends_before_another_may_lead(stage: Stage, pro
     proxy.refuse()
     assert leader.wait_for_end(30) == 1
     assert time.monotonic() - cut < FAST_LEASE["lease_seconds"]
-    assert "the Lease could not be renewed for 3 s" in leader.log.read_text()
+    assert "the Lease could not be renewed for 6 s" in leader.log.read_text()
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("number", range(1, 8))
+@pytest.mark.parametrize("number", [1, 2, 5, 6])
 def test_wherever_the_operator_dies_its_successor_ends_where_it_would_have(
     stage: Stage, when: str, number: int
 ) -> None:
     """Service, Job 1, status, status, decision, Job 2, …: of none is there too little or too much in the end."""
     environment = {**os.environ, "DIE": f"{when}:{number}", "PLANNER": "small"}
-    dying = stage.operator(program=SMALL.with_name("dying_operator.py"), environment=environment)
+    program = SMALL.with_name("dying_operator.py")
+    dying = stage.operator(program=program, environment=environment, leader_election=False)
     dying.start()
     stage.create()
     failed = False
@@ -326,7 +327,7 @@ def test_wherever_the_operator_dies_its_successor_ends_where_it_would_have(
             failed = True
         time.sleep(0.05)
     assert dying.wait_for_end(0) == EXIT_CODE
-    stage.leader()
+    stage.leader(leader_election=False)
     if not failed:
         stage.until_running()
         stage.fail_pod("demo-a1")
