@@ -6,7 +6,7 @@ import copy
 import functools
 import json
 import subprocess
-import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +16,12 @@ import build
 import pytest
 import yaml
 from control_plane import ControlPlane
+from opensora_operator import install
 from opensora_operator.packaging import rbac_rules
 from opensora_operator.permissions import Scope
 from opensora_operator.settings import Settings, read_settings
 
-pytestmark = pytest.mark.control_plane
+pytestmark = pytest.mark.cluster
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "charts/opensora-operator"
@@ -494,14 +495,17 @@ def test_uninstalling_leaves_runs_and_their_definitions_and_installing_again_ado
     assert uid_of_the_run(fresh_control_plane) == uid
 
 
-def test_profiles_are_written_by_whom_the_hook_runs_as(fresh_control_plane: ControlPlane, tmp_path: Path) -> None:
-    """The Job's command on this machine, with the permissions of the Job's account."""
+def test_profiles_are_written_by_whom_the_hook_runs_as(
+    fresh_control_plane: ControlPlane, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The Job's command in this process, with the permissions of the Job's account."""
     objects = render({"profiles": {"cpu": {}}, "fullnameOverride": "second"})
     roles = [body for body in objects if body["metadata"]["name"] == f"{NAMESPACE}:second:profiles"]
     assert [body["kind"] for body in roles] == ["ClusterRole", "ClusterRoleBinding"]
     (job,) = of_kind(objects, "Job")
     account = f"system:serviceaccount:{NAMESPACE}:{job['spec']['template']['spec']['serviceAccountName']}"
     (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert container["command"] == ["python", "-m", install.__name__]
     fresh_control_plane.apply(*roles, *of_kind(render(), "CustomResourceDefinition"))
     kubeconfig = fresh_control_plane.add_identity("hook", user=account)
     file = tmp_path / "profiles.json"
@@ -509,9 +513,9 @@ def test_profiles_are_written_by_whom_the_hook_runs_as(fresh_control_plane: Cont
     def write(profiles: Object) -> str:
         file.write_text(json.dumps(profiles))
         arguments = [str(file) if argument.startswith("/etc/") else argument for argument in container["args"]]
-        command = [sys.executable, *container["command"][1:], "--kubeconfig", str(kubeconfig), *arguments]
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        return answer.stdout if answer.returncode == 0 else f"failed: {answer.stderr}"
+        code = install.main(["--kubeconfig", str(kubeconfig), *arguments])
+        output = capsys.readouterr()
+        return output.out if code == 0 else output.err
 
     def stored() -> list[str]:
         return fresh_control_plane.kubectl("get", "clustertrainingprofiles", "-o", "name").split()
@@ -525,3 +529,23 @@ def test_profiles_are_written_by_whom_the_hook_runs_as(fresh_control_plane: Cont
     fresh_control_plane.kubectl("label", "clustertrainingprofile/gpu", "app.kubernetes.io/instance-")
     assert "somebody else made it" in write({"gpu": {}})
     assert stored() == ["clustertrainingprofile.opensora.dev/gpu"]
+
+
+def test_kustomize_installs_an_operator_whose_pod_the_namespace_lets_in(control_plane: ControlPlane) -> None:
+    def pods() -> str:
+        return control_plane.kubectl(
+            "get", "pods", "-n", NAMESPACE, "-l", "app.kubernetes.io/component=operator", "-o", "name"
+        )
+
+    try:
+        control_plane.kubectl("apply", "--kustomize", str(ROOT / "manifests"))
+        again = control_plane.kubectl("apply", "--kustomize", str(ROOT / "manifests"))
+        assert [line for line in again.splitlines() if not line.endswith(" unchanged")] == []
+        # The namespace enforces the standard `restricted` when the ReplicaSet makes the pod.
+        control_plane.kubectl("wait", "deployment/opensora-operator", "-n", NAMESPACE, "--for=condition=Progressing")
+        deadline = time.monotonic() + 60
+        while not pods():
+            assert time.monotonic() < deadline, control_plane.kubectl("describe", "replicasets", "-n", NAMESPACE)
+            time.sleep(0.2)
+    finally:
+        control_plane.kubectl("delete", "--wait=false", "-f", str(ROOT / "manifests/operator"))
