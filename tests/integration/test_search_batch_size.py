@@ -34,9 +34,10 @@ from opensora.datasets.batch_table import (
 )
 from opensora.errors import ConfigError, ExitCode
 
-pytestmark = pytest.mark.integration
+# A measurement starts a process that imports torch: on a busy machine that takes half a minute, and there are many.
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
 
-BUDGET_MIB = 400
+BUDGET_MIB = 200
 CONFIG = {
     "run_uri": "never-written",
     "dtype": "fp32",
@@ -86,7 +87,7 @@ def searched(config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Ba
     """The table of two buckets, and what was printed."""
     folder = tmp_path_factory.mktemp("searched")
     line = command(config, folder / "table.json", "--memory-budget", f"{BUDGET_MIB}MiB", "--headroom-percent", "10")
-    done = subprocess.run(line, env=environment(folder), capture_output=True, text=True, timeout=290, check=False)
+    done = subprocess.run(line, env=environment(folder), capture_output=True, text=True, timeout=1000, check=False)
     assert done.returncode == 0, done.stderr
     return table_at(folder / "table.json"), done.stdout
 
@@ -124,10 +125,10 @@ def test_the_batch_that_was_found_fits_and_half_as_much_more_does_not(
 
 def test_sizes_that_the_kernel_kills_are_bracketed(config: Path, medium_cgroup: Path, tmp_path: Path) -> None:
     """The budget never ends this search: the limit of the cgroup does."""
-    line = command(config, tmp_path / "t.json", "--memory-budget", "64GiB", "--bucket", "144p/34", "--max-batch", "12")
+    line = command(config, tmp_path / "t.json", "--memory-budget", "64GiB", "--bucket", "144p/34", "--max-batch", "8")
     enter = ["sh", "-c", f'echo $$ > {medium_cgroup}/cgroup.procs; exec "$@"', "sh"]
     done = subprocess.run(
-        [*enter, *line], env=environment(tmp_path), capture_output=True, text=True, timeout=290, check=False
+        [*enter, *line], env=environment(tmp_path), capture_output=True, text=True, timeout=1000, check=False
     )
     assert done.returncode == 0, done.stderr
     found = table_at(tmp_path / "t.json").buckets["144p/34"]
@@ -142,7 +143,7 @@ def test_a_model_that_does_not_fit_is_out_of_memory(config: Path, small_cgroup: 
     line = command(config, tmp_path / "t.json", "--memory-budget", "1GiB", "--bucket", "144p/17")
     enter = ["sh", "-c", f'echo $$ > {small_cgroup}/cgroup.procs; exec "$@"', "sh"]
     done = subprocess.run(
-        [*enter, *line], env=environment(tmp_path), capture_output=True, text=True, timeout=120, check=False
+        [*enter, *line], env=environment(tmp_path), capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == ExitCode.OUT_OF_MEMORY, done.stderr
     assert "even without a clip" in done.stderr
@@ -153,7 +154,7 @@ def test_a_model_that_does_not_fit_is_out_of_memory(config: Path, small_cgroup: 
 
 def test_a_training_that_cannot_run_says_why(config: Path, tmp_path: Path) -> None:
     line = command(config, tmp_path / "t.json", "--memory-budget", "1GiB", "vae.channels=4", "model.in_channels=8")
-    done = subprocess.run(line, env=environment(tmp_path), capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(line, env=environment(tmp_path), capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == ExitCode.CONFIG
     assert "model.in_channels=8, but the VAE" in done.stderr
     report = json.loads((tmp_path / "termination-log").read_text())
@@ -165,7 +166,7 @@ def test_sigterm_ends_the_measurement_too_and_leaves_what_is_known(config: Path,
     line = command(config, tmp_path / "t.json", "--memory-budget", "1GiB", "--bucket", "144p/17")
     process = subprocess.Popen(line, env=environment(tmp_path), stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 600
         while not (tmp_path / "t.json").exists() or "144p/17" not in (tmp_path / "t.json").read_text():
             assert process.poll() is None
             assert time.monotonic() < deadline
