@@ -348,6 +348,11 @@ def _succeeded(run: _Run, job: JobView) -> Plan:
 def _attempt_ended(run: _Run, cause: Cause) -> Plan:
     """Close the attempt's record; the run is over, or the next attempt has its number."""
     status = _with_report(run, run.status)
+    if cause.exit_code == ExitCode.STOPPED:  # it has saved the step that it names, whether it could report that or not
+        saved = states.checkpoint_of(
+            status.checkpoint, cause.step, saved_at=cause.time or run.now, run_uri=run.spec.run_uri
+        )
+        status = replace(status, checkpoint=saved)
     record = _closed(run, status, cause)
     ending = restart.after(cause, record, status, run.spec.restart_policy)
     started = run.job.started if run.job is not None else record.started_at
@@ -494,7 +499,9 @@ def _with_report(run: _Run, status: TrainingRunStatus) -> TrainingRunStatus:
     return replace(
         status,
         progress=states.progress_of(status.progress, report),
-        checkpoint=states.checkpoint_of(status.checkpoint, report, run_uri=run.spec.run_uri),
+        checkpoint=states.checkpoint_of(
+            status.checkpoint, report.checkpoint_step, saved_at=report.received, run_uri=run.spec.run_uri
+        ),
         samples=states.samples_of(status.samples, report, run_uri=run.spec.run_uri),
         requests=replace(
             requests,

@@ -129,13 +129,12 @@ def progress_of(old: ProgressStatus, report: ProgressReport) -> ProgressStatus:
     return old if new == old else replace(new, last_update=report.received)
 
 
-def checkpoint_of(old: CheckpointStatus, report: ProgressReport, *, run_uri: str) -> CheckpointStatus:
+def checkpoint_of(old: CheckpointStatus, step: int | None, *, saved_at: float, run_uri: str) -> CheckpointStatus:
     """The newest checkpoint, which never goes back."""
-    step = report.checkpoint_step
-    if step is None or (old.latest_step is not None and step <= old.latest_step):
+    if not step or (old.latest_step is not None and step <= old.latest_step):
         return old
     uri = f"{run_uri.rstrip('/')}/checkpoints/step-{step:08d}"
-    return CheckpointStatus(latest_step=step, uri=uri, saved_at=report.received)
+    return CheckpointStatus(latest_step=step, uri=uri, saved_at=saved_at)
 
 
 def samples_of(old: SamplesStatus, report: ProgressReport, *, run_uri: str) -> SamplesStatus:

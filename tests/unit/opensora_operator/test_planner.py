@@ -101,6 +101,15 @@ def test_an_exit_code_decides_what_an_attempt_counts_as(code: ExitCode, cause: s
     assert list(world.jobs) == ["demo-a1", "demo-a2"]
 
 
+def test_ranks_that_stopped_have_saved_whether_they_could_report_it_or_not() -> None:
+    world = World().running()
+    world.say(7, checkpoint_step=5)
+    fail(world, ExitCode.STOPPED, step=9)
+    assert world.status["checkpoint"]["latestStep"] == 9
+    assert world.status["checkpoint"]["uri"] == "s3://bucket/demo/checkpoints/step-00000009"
+    assert last_attempt(world)["firstStep"] == 9
+
+
 @pytest.mark.parametrize("code", [ExitCode.USAGE, ExitCode.DATA, ExitCode.CONFIG, ExitCode.SUPERSEDED])
 def test_what_would_end_the_same_way_is_not_tried_again(code: ExitCode) -> None:
     world = World().running()
