@@ -492,6 +492,10 @@ RULES = [
         accepted={"imageSize": [64, 64]}, refused={"imageSize": [64]},
     ),
     RuleCase(
+        kind=BATCH_SEARCH, path="spec", message="stepSeconds needs objective EqualStepTime",
+        accepted={"stepSeconds": 1.5, "objective": "EqualStepTime"}, refused={"stepSeconds": 1.5},
+    ),
+    RuleCase(
         kind=TRAINING_PROFILE, path="spec.network.env", message=_NCCL,
         accepted=_profile_network(env={"NCCL_DEBUG": "INFO", "TORCH_NCCL_TRACE_BUFFER_SIZE": "1"}),
         refused=_profile_network(env={"RANK": "0"}),
