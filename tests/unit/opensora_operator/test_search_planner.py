@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +182,7 @@ def test_probes_run_as_many_at_a_time_as_are_allowed() -> None:
 def test_a_probe_is_one_pod_and_one_try() -> None:
     made = world(
         procsPerNode=4, headroomPercent=5, bounds={"maxBatch": 64}, config={"inline": CONFIG, "overrides": ["seed=3"]}
-    )  # noqa: E501
+    )
     started(made)
     spec = made.jobs["b-p1"]["spec"]
     assert (spec["completions"], spec["backoffLimit"]) == (1, 0)
@@ -422,6 +424,15 @@ def test_reports_are_read_with_care(message: Object | None) -> None:
     assert Report.from_message(message) is None
 
 
+def test_the_documented_keys_of_a_report_are_those_of_both_sides() -> None:
+    page = (Path(__file__).parents[3] / "docs/reference/pod-contract.md").read_text(encoding="utf-8")
+    table = page.partition("## Pods of a BatchSearch")[2].partition("| --- |")[2]
+    documented = {
+        name for names in re.findall(r"^\| (`[^|]+`) \|", table, re.M) for name in re.findall(r"`(\w+)`", names)
+    }
+    assert documented == {item.name for item in fields(SearchReport)} == {item.name for item in fields(Report)}
+
+
 def test_a_report_of_the_core_is_understood_whole() -> None:
     report = SearchReport(
         bucket="144p/1", known="1:2:0.5", trying=4, batch_size=1, peak_bytes=2, seconds_per_step=0.5, empty_bytes=7,
@@ -591,7 +602,7 @@ class SearchMachine(RuleBasedStateMachine):
         scheduling = {"queue": "q"} if queue else {}
         self.world = world(
             scheduling=scheduling, retriesPerBucket=retries, objective=objective, parallelTrials=self.LIMIT
-        )  # noqa: E501
+        )
         self._reconcile()
 
     @rule()
