@@ -87,6 +87,8 @@ def needs(run: Object) -> Needs:
     named = {spec.config.ref.config_map} if spec.config.ref is not None else set()
     if spec.sampling.prompts_ref is not None:
         named.add(spec.sampling.prompts_ref.config_map)
+    if status.resolved.batch_table is not None:
+        named.add(status.resolved.batch_table)
     return Needs(
         objects=tuple(objects),
         default_profile=profile is None,
@@ -239,7 +241,7 @@ def _decide(run: _Run) -> Plan | None:
             return _job_is_gone(run)
         if run.spec.requests.stop:
             return None if run.earlier_live_pods else _over(run, Reason.CANCELLED, "stopped on request", run.status)
-        return _decision(run, _with_restart(run, run.status)) if run.restart_id is not None else None
+        return _decision(run, _with_restart(run, run.status)) if run.restart_id is not None else _name_table(run)
     if job.condition("Complete") or job.condition("SuccessCriteriaMet"):
         return _succeeded(run, job)
     failed = job.condition("FailureTarget") or job.condition("Failed")
@@ -256,6 +258,18 @@ def _decide(run: _Run) -> Plan | None:
         by_hand = Cause(reason=Reason.SUSPENDED, message=f"the Job {job.name} was suspended")
         return _attempt_ended(run, by_hand if run.queue is None else by_queue)
     return _deadline(run, job)
+
+
+def _name_table(run: _Run) -> Plan | None:
+    """Say which table of batch sizes the run takes, once its search has one: by this name it is looked up."""
+    ref, resolved = run.spec.batch_table_ref, run.status.resolved
+    if ref is None or resolved.config_map is not None:
+        return None
+    search = run.observed.objects.get(Key("BatchSearch", run.namespace, ref.name)) or {}
+    table = (search.get("status") or {}).get("table")
+    if table is None or table == resolved.batch_table:
+        return None
+    return _decision(run, replace(run.status, resolved=replace(resolved, batch_table=table)))
 
 
 def _why_it_stopped(run: _Run, job: JobView, cause: Cause) -> Cause:
@@ -805,9 +819,8 @@ def _first_snapshot(run: _Run) -> _Snapshot | State:
             what = f"ConfigMap {ref.config_map}" if found is None else f"key {ref.key} in ConfigMap {ref.config_map}"
             return State(status=False, reason=Reason.CONFIG_MISSING, message=f"spec.{field_name}: there is no {what}")
         data[key] = found[ref.key]
+    table = run.status.resolved.batch_table
     if spec.batch_table_ref is not None:
-        search = Key("BatchSearch", run.namespace, spec.batch_table_ref.name)
-        table = ((observed.objects.get(search) or {}).get("status") or {}).get("table")
         if table is None:
             name = spec.batch_table_ref.name
             message = f"spec.batchTableRef: BatchSearch {name} has no table yet"
@@ -823,6 +836,7 @@ def _first_snapshot(run: _Run) -> _Snapshot | State:
         image=image,
         procs_per_node=_procs_per_node(run.spec, profile),
         queue=run.queue,
+        batch_table=table,
     )
     return profile, image, _with_authority(run, data), resolved
 
