@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import pytest
-from cluster_runs import ClusterRun
+from cluster_runs import ClusterRun, Watched
 from installation import Installation
 from nodes import why_not
 
@@ -13,7 +13,7 @@ _FAILED = pytest.StashKey[bool]()
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if report.failed:
         item.stash[_FAILED] = True
@@ -30,17 +30,24 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installat
 
 
 @pytest.fixture
-def new_run(installation: Installation, request: pytest.FixtureRequest) -> Iterator[Callable[[str], ClusterRun]]:
-    """Makes runs by name, which go with the test. When it fails, all that is known of them is printed."""
-    runs: list[ClusterRun] = []
+def watched(request: pytest.FixtureRequest) -> Iterator[list[Watched]]:
+    """Objects that go with the test. When it fails, all that is known of them is printed."""
+    objects: list[Watched] = []
+    yield objects
+    if request.node.stash.get(_FAILED, False):
+        for one in objects:
+            print(one.describe())
+    for one in objects:
+        one.delete()
+
+
+@pytest.fixture
+def new_run(installation: Installation, watched: list[Watched]) -> Callable[[str], ClusterRun]:
+    """Makes runs by name, which go with the test."""
 
     def make(name: str) -> ClusterRun:
-        runs.append(ClusterRun(installation, name))
-        return runs[-1]
+        run = ClusterRun(installation, name)
+        watched.append(run)
+        return run
 
-    yield make
-    if request.node.stash.get(_FAILED, False):
-        for run in runs:
-            print(run.describe())
-    for run in runs:
-        run.delete()
+    return make

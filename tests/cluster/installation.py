@@ -96,7 +96,9 @@ class Installation:
         self.helm("upgrade", _RELEASE, str(_CHART), "--wait", f"--timeout={_UP_SECONDS}s", values=values)
 
     def uninstall(self) -> None:
+        """Remove the release, and wait until the operator's pods are gone."""
         self.helm("uninstall", _RELEASE, "--wait", f"--timeout={_UP_SECONDS}s")
+        until(lambda: not self.operator_pods(), seconds=_UP_SECONDS, what="no operator")
 
     def operator_pods(self) -> list[Object]:
         selector = "labelSelector=app.kubernetes.io%2Fcomponent=operator"
@@ -124,11 +126,10 @@ class Installation:
         """The processes of a run's attempt by their rank, on whatever node."""
         found = {}
         for process in self.processes():
-            with contextlib.suppress(psutil.Error):
-                environment = process.environ()
-                uri, number = environment.get("OPENSORA_RUN_URI", ""), environment.get("OPENSORA_ATTEMPT")
-                if uri.endswith(f"/{run}") and number == str(attempt) and "RANK" in environment:
-                    found[int(environment["RANK"])] = process
+            variables, parent = _environment(process), _environment(process.parent())
+            is_ours = variables.get("OPENSORA_RUN_URI", "").endswith(f"/{run}")
+            if is_ours and variables.get("OPENSORA_ATTEMPT") == str(attempt) and "RANK" in variables.keys() - parent:
+                found[int(variables["RANK"])] = process
         return found
 
     def describe_operator(self) -> str:
@@ -202,6 +203,12 @@ def said(control_plane: ControlPlane, *arguments: str) -> str:
         return f"$ kubectl {' '.join(arguments)}\n{control_plane.kubectl(*arguments)}"
     except ApiError as error:
         return f"$ kubectl {' '.join(arguments)}\n{error}"
+
+
+def _environment(process: psutil.Process | None) -> dict[str, str]:
+    with contextlib.suppress(psutil.Error):
+        return {} if process is None else process.environ()
+    return {}
 
 
 def _calls(process: psutil.Process, program: str) -> bool:
