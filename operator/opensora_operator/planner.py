@@ -594,17 +594,21 @@ def _stop_earlier_attempts(run: _Run, actions: list[Action]) -> None:
 def _remove_stuck_pods(run: _Run, actions: list[Action], events: list[Event]) -> None:
     """Pods that are deleted, on nodes that do not answer, end only if somebody says so for them.
 
-    Their processes may live on: the attempt's number keeps them from committing anything.
+    Their processes may live on: the attempt's number keeps them from committing anything. Such a pod is kept until the
+    attempt's end is written down: it alone tells that a node was lost.
     """
     patience = run.spec.deadlines.stuck_pod_seconds
     for pod in run.observed.pods:
-        if pod.deleting_since is None or not pod.is_live or pod.node not in run.observed.dead_nodes:
+        if pod.deleting_since is None or run.now - pod.deleting_since < patience:
             continue
-        if run.now - pod.deleting_since < patience:
+        if not pod.is_live:
+            if pod.attempt != run.attempt or run.is_over:
+                actions.append(Delete(kind="Pod", name=pod.name, uid=pod.uid, grace_seconds=0))
+            continue
+        if pod.node not in run.observed.dead_nodes:
             continue
         message = f"node {pod.node} does not answer, and the pod was deleted {patience} s ago"
         actions.append(FailPod(name=pod.name, uid=pod.uid, message=message))
-        actions.append(Delete(kind="Pod", name=pod.name, uid=pod.uid, grace_seconds=0))
         events.append(
             Event(reason=Reason.POD_FORCED, message=f"pod {pod.name} is removed by force: {message}", warning=True)
         )

@@ -37,7 +37,7 @@ _CAUSES: dict[int, Reason] = {
     ExitCode.NODE_UNHEALTHY: Reason.NODE_FAILURE,
     ExitCode.PEER_LOST: Reason.PEER_LOST,
 }
-_NODE_DISRUPTIONS = ("DeletionByTaintManager", "DeletionByPodGC", "NodeLost")
+_NODE_DISRUPTIONS = ("DeletionByTaintManager", "DeletionByPodGC", "NodeDead")
 _PREEMPTIONS = ("PreemptionByScheduler",)
 _MAX_WORDS = 1000
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from opensora_operator.constants import ExitCode
-from opensora_operator.plans import Delete, FailPod, Key
+from opensora_operator.plans import FailPod, Key
 from opensora_operator.wire import format_time
 from operator_world import World
 
@@ -290,10 +290,22 @@ def test_a_pod_on_a_dead_node_is_ended_for_the_job_and_then_removed() -> None:
     world.now = asked + 119
     assert not world.plan().actions
     world.now = asked + 121
-    assert [type(action) for action in world.plan().actions] == [FailPod, Delete]
+    assert [type(action) for action in world.plan().actions] == [FailPod]
     world.reconcile()
     assert "PodForced" in world.events
+    world.settle()
     assert "demo-a1-1" not in world.pods
+
+
+def test_a_lost_node_is_the_cause_also_when_all_pods_were_on_it() -> None:
+    world = World().running()
+    for pod in world.pods.values():
+        world.dead_nodes.add(pod["spec"]["nodeName"])
+        world._ask_to_end(pod)
+    world.now += 121
+    world.settle()
+    assert (world.attempt, world.status["attempts"][0]["cause"]) == (2, "NodeFailure")
+    assert not [name for name in world.pods if name.startswith("demo-a1-")]
 
 
 def test_a_pod_that_takes_long_on_a_node_that_answers_is_left_alone() -> None:
