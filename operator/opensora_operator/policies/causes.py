@@ -155,7 +155,7 @@ def _from_verdict(pod: PodView, verdict: Mapping[str, Any]) -> tuple[int, float,
     time = float(time) if isinstance(time, int | float) else pod.finished_at or 0.0
     words = first.get("last_words")
     message = str(verdict.get("message") or "")
-    if isinstance(words, list) and words:
+    if code != ExitCode.STOPPED and isinstance(words, list) and words:
         message += "\n" + "\n".join(str(word) for word in words[-12:])
     rank, step, bucket = first.get("rank"), first.get("step"), first.get("bucket")
     cause = Cause(
