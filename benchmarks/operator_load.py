@@ -1,6 +1,6 @@
 """How the operator bears load: a real control plane, two-node runs, pods whose phases this script writes.
 
-    python benchmarks/operator_load.py [--runs 1000] [--only single burst failures rest progress restart]
+    python benchmarks/operator_load.py [--runs 1100]
 
 Times are the API server's own, from its audit log: from the end of one request to the end of another. Memory is the
 operator's resident size. Nothing else should run meanwhile: the control plane, this script and the operator share the
@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -20,6 +22,7 @@ import ssl
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -32,10 +35,12 @@ sys.path[:0] = [str(ROOT / "tests/cluster"), str(ROOT / "tests/control_plane"), 
 
 from control_plane import ControlPlane  # noqa: E402  # tests are no package
 from operator_process import OperatorProcess, grant  # noqa: E402
+from processes import free_port  # noqa: E402
 
 Object = dict[str, Any]
 NAMESPACE = "load"
 API = f"/apis/opensora.dev/v1alpha1/namespaces/{NAMESPACE}/trainingruns"
+_SERVICE = "opensora-operator-progress"
 _CONCURRENT = 32
 _REST_SECONDS = 60.0
 _SETTLE_SECONDS = 130.0
@@ -48,7 +53,14 @@ class Load:
 
     def __init__(self, control_plane: ControlPlane, folder: Path, program: Sequence[str]) -> None:
         self.control_plane = control_plane
-        self.operator = OperatorProcess(control_plane.kubeconfig("operator"), folder, program=program)
+        self.progress_port = free_port()
+        self.operator = OperatorProcess(
+            control_plane.kubeconfig("operator"),
+            folder,
+            program=program,
+            progress_service=_SERVICE,
+            progress_port=self.progress_port,
+        )
         self.rows: list[tuple[str, str, str]] = []
         self._tls = ssl.create_default_context(cafile=str(control_plane.ca_file))
         self._session: aiohttp.ClientSession | None = None
@@ -231,6 +243,80 @@ async def at_rest(load: Load, number: int) -> None:
     load.report(f"{number} running: looks, share of a core", f"{looks:.0f}, {100 * share:.1f} %", "none")
 
 
+async def with_progress(load: Load) -> None:
+    """Every run reports every 15 s, as rank 0 would: over TLS, with a token that is made for its pod."""
+    path = f"/api/v1/namespaces/{NAMESPACE}/pods?labelSelector=batch.kubernetes.io/job-completion-index%3D0"
+    pods = [pod for pod in (await load.request("GET", path))["items"] if pod["status"]["phase"] == "Running"]
+    tokens: dict[str, str] = {}
+    await _all_of(_get_token(load, pod, tokens) for pod in pods)
+    secret = await load.request("GET", "/api/v1/namespaces/default/secrets/opensora-operator-progress-ca")
+    authority = base64.b64decode(secret["data"]["ca.crt"]).decode()
+    connector = aiohttp.TCPConnector(ssl=ssl.create_default_context(cadata=authority), limit=0)
+    answers: Counter[int] = Counter()
+    async with aiohttp.ClientSession(f"https://127.0.0.1:{load.progress_port}", connector=connector) as session:
+        reporting = [
+            asyncio.create_task(
+                _report(session, pod, tokens[pod["metadata"]["name"]], answers, delay=15 * index / len(pods))
+            )
+            for index, pod in enumerate(pods)
+        ]
+        await asyncio.sleep(_REST_SECONDS)
+        answers.clear()
+        mark = load.control_plane.audit_mark()
+        cpu = _cpu_seconds(load.operator.pid)
+        await asyncio.sleep(_REST_SECONDS)
+        share = (_cpu_seconds(load.operator.pid) - cpu) / _REST_SECONDS
+        for task in reporting:
+            task.cancel()
+        await asyncio.gather(*reporting, return_exceptions=True)
+    what = f"{len(pods)} running that report every 15 s"
+    load.report(f"{what}: answers in {_REST_SECONDS:.0f} s by status", f"{dict(answers)}", "none")
+    load.report(f"{what}: status writes per second", f"{len(load.writes(mark)) / _REST_SECONDS:.1f}", "≤ 5")
+    load.report(f"{what}: memory", f"{load.operator.memory / 2**20:.0f} MiB", "≤ 160 MiB")
+    load.report(f"{what}: share of a core", f"{100 * share:.0f} %", "none")
+
+
+async def _get_token(load: Load, pod: Object, tokens: dict[str, str]) -> None:
+    """What the kubelet asks for on behalf of a pod."""
+    name, run = pod["metadata"]["name"], pod["metadata"]["labels"]["opensora.dev/name"]
+    reference = {"apiVersion": "v1", "kind": "Pod", "name": name, "uid": pod["metadata"]["uid"]}
+    spec = {"audiences": [f"opensora.dev/{NAMESPACE}/{run}"], "expirationSeconds": 3600, "boundObjectRef": reference}
+    body = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": spec}
+    path = f"/api/v1/namespaces/{NAMESPACE}/serviceaccounts/default/token"
+    tokens[name] = (await load.request("POST", path, body))["status"]["token"]
+
+
+async def _report(
+    session: aiohttp.ClientSession, pod: Object, token: str, answers: Counter[int], *, delay: float
+) -> None:
+    labels = pod["metadata"]["labels"]
+    path = f"/v1/namespaces/{NAMESPACE}/runs/{labels['opensora.dev/name']}/progress"
+    await asyncio.sleep(delay)
+    for sequence in itertools.count(1):
+        body = {
+            "attempt": int(labels["opensora.dev/attempt"]),
+            "sequence": sequence,
+            "phase": "training",
+            "state": "Training",
+            "step": 10 * sequence,
+            "total_steps": 100_000,
+            "epoch": 0,
+            "loss": 1 / sequence,
+            "seconds_per_step": 1.5,
+            "samples_per_second": 10.0,
+            "eta_seconds": 1.5 * (100_000 - 10 * sequence),
+            "goodput": 0.9,
+            "checkpoint_step": None,
+            "samples_step": None,
+        }
+        headers = {"Authorization": f"Bearer {token}"}
+        async with session.post(
+            path, json=body, headers=headers, server_hostname=f"{_SERVICE}.default.svc"
+        ) as response:
+            answers[response.status] += 1
+        await asyncio.sleep(15)
+
+
 async def restart(load: Load, number: int, how: signal.Signals, goal: str) -> None:
     mark = load.control_plane.audit_mark()
     load.operator.signal(how)
@@ -263,6 +349,13 @@ async def run(arguments: argparse.Namespace, folder: Path) -> list[tuple[str, st
         )
         control_plane.kubectl("create", "namespace", NAMESPACE)
         grant(control_plane)
+        control_plane.kubectl(  # what every service account has: the keys that tokens are checked with
+            "create",
+            "clusterrolebinding",
+            "issuer",
+            "--clusterrole=system:service-account-issuer-discovery",
+            "--user=operator",
+        )
         async with Load(control_plane, folder, arguments.program) as load:
             load.operator.start_and_lead()
             load.report("idle: memory", f"{load.operator.memory / 2**20:.0f} MiB", "none")
@@ -273,6 +366,7 @@ async def run(arguments: argparse.Namespace, folder: Path) -> list[tuple[str, st
                 await gangs_fail(load)
                 await many_at_once(load, "second", arguments.runs - 100 - half, "p99 ≤ 6 s")
                 await at_rest(load, arguments.runs)
+                await with_progress(load)
                 await restart(load, arguments.runs, signal.SIGTERM, "≤ 3 s")
                 await restart(load, arguments.runs, signal.SIGKILL, "≤ 17 s")
             finally:

@@ -21,7 +21,7 @@ from opensora_operator.pacing import RateLimit
 from opensora_operator.runtime import Runtime
 from opensora_operator.settings import Settings, SettingsError, read_settings
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("opensora_operator")
 
 _LEASE_LOST = 1
 _USAGE = 64

@@ -122,6 +122,9 @@ class Leader:
     async def _try(self) -> bool:
         """Take or renew the Lease; False where another has it."""
         asked_at = self._clock()
+        if self.is_leader and await self._renew():
+            self._renewed_at = asked_at
+            return True
         lease = await self._api.find("Lease", self._namespace, self._name)
         try:
             if lease is None:
@@ -137,6 +140,17 @@ class Leader:
                 return False
             raise
         self._renewed_at = asked_at
+        return True
+
+    async def _renew(self) -> bool:
+        """Write the Lease without a look at it; False where somebody has changed it meanwhile."""
+        assert self._lease is not None
+        try:
+            self._lease = await self._api.update({**self._lease, "spec": self._spec(self._lease["spec"])})
+        except ApiError as error:
+            if error.code in (404, 409):
+                return False
+            raise
         return True
 
     def _look(self, lease: Object) -> None:

@@ -20,6 +20,7 @@ class World:
         self.lease: Object | None = None
         self.version = 0
         self.failure: ApiError | None = None
+        self.looks = 0
         self.end_at = float("inf")
 
     def clock(self) -> float:
@@ -33,6 +34,7 @@ class World:
 
     async def find(self, kind: str, namespace: str | None, name: str) -> Object | None:
         assert (kind, namespace, name) == ("Lease", "system", "operator")
+        self.looks += 1
         if self.failure is not None:
             raise self.failure
         return copy.deepcopy(self.lease)
@@ -45,7 +47,8 @@ class World:
     async def update(self, manifest: Object) -> Object:
         if self.failure is not None:
             raise self.failure
-        assert self.lease is not None
+        if self.lease is None:
+            raise ApiError(404, "deleted")
         if manifest["metadata"]["resourceVersion"] != self.lease["metadata"]["resourceVersion"]:
             raise ApiError(409, "changed")
         return self._store(manifest)
@@ -180,12 +183,37 @@ def test_a_leader_ends_at_once_when_another_has_the_lease(world: World) -> None:
         leader = world.replica("a")
         await leader.acquire()
         assert world.lease is not None
-        world.lease["spec"]["holderIdentity"] = "b"
+        await world.update({**world.lease, "spec": {**world.lease["spec"], "holderIdentity": "b"}})
         with pytest.raises(LeaseLost, match="b has taken the Lease"):
             await leader.hold()
 
     asyncio.run(scenario())
     assert (world.holder, world.now) == ("b", 1002)
+
+
+def test_a_renewal_is_one_request(world: World) -> None:
+    async def scenario() -> None:
+        leader = world.replica("a")
+        await leader.acquire()
+        world.end_at = 1100
+        with pytest.raises(EndOfTestError):
+            await leader.hold()
+
+    asyncio.run(scenario())
+    assert (world.looks, world.version) == (1, 50)
+
+
+def test_a_lease_that_somebody_deleted_is_made_again(world: World) -> None:
+    async def scenario() -> None:
+        leader = world.replica("a")
+        await leader.acquire()
+        world.lease, world.end_at = None, 1010
+        with pytest.raises(EndOfTestError):
+            await leader.hold()
+        assert leader.is_leader
+
+    asyncio.run(scenario())
+    assert world.holder == "a"
 
 
 def test_of_two_that_try_at_once_one_leads(world: World) -> None:
