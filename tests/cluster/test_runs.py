@@ -187,7 +187,8 @@ def test_ranks_that_were_given_up_commit_nothing(installation: Installation, new
             record = run.until_attempt_ended(1)
             assert (record["cause"], record["node"]) == ("NodeFailure", cut_off)
             run.until(lambda: run.storage.exists(started_path(2)), what="announcement of attempt 2")
-            before = written_by(run, attempt=1)
+            before = committed_by(run, attempt=1)
+            assert before
             assert len(installation.ranks(run.name, attempt=1)) == 4
         except BaseException:
             node.restart()
@@ -198,17 +199,17 @@ def test_ranks_that_were_given_up_commit_nothing(installation: Installation, new
         ends = [EndRecord.from_json(run.storage.read(path)) for path in paths]
         assert ExitCode.SUPERSEDED in {end.code for end in ends}
         assert {end.code for end in ends} <= {ExitCode.SUPERSEDED, ExitCode.PEER_LOST}
-        assert written_by(run, attempt=1) == before
+        assert committed_by(run, attempt=1) == before
     finally:
         node.restart()
     status = complete(run, truth)
     assert (status["attempt"], status["disruptions"]) == (2, 1)
 
 
-def written_by(run: ClusterRun, *, attempt: int) -> dict[str, float]:
-    """What an attempt has committed of checkpoints and samples: paths and sizes."""
-    parts = [info for folder in ("checkpoints", "samples", "export") for info in run.storage.list(folder)]
-    return {info.path: info.size for info in parts if f"/attempt-{attempt}/" in f"/{info.path}"}
+def committed_by(run: ClusterRun, *, attempt: int) -> set[str]:
+    """The checkpoints of an attempt that count: a manifest is what makes the objects beside it a checkpoint."""
+    paths = {info.path for info in run.storage.list("checkpoints")}
+    return {path for path in paths if path.endswith(f"/attempt-{attempt}/manifest.json")}
 
 
 def test_the_operator_may_go_and_the_store_may_fail(installation: Installation, new_run: NewRun, truth: Truth) -> None:
