@@ -23,13 +23,21 @@ export UV_PYTHON_DOWNLOADS := never
 
 .PHONY: help
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # Kubernetes is built from its sources on first use, beside the first tests.
+define run_all_tests
+	nice $(BIN)/python tests/cluster/build.py & trap "kill $$! 2>/dev/null || true" EXIT; \
+		OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/integration tests/control_plane tests/cluster
+endef
+
 .PHONY: test
 test: lint  ## Lint, then all tests: unit, integration, on a real API server, on a real cluster
-	nice $(BIN)/python tests/cluster/build.py & trap "kill $$! 2>/dev/null || true" EXIT; \
-		OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/integration tests/control_plane tests/cluster $(ARGS)
+	$(run_all_tests) -m "not full" $(ARGS)
+
+.PHONY: test-full
+test-full: lint  ## The same with the long drills on the cluster: before a release
+	$(run_all_tests) $(ARGS)
 
 .PHONY: check
 check: lint  ## Lint, then the unit tests

@@ -89,6 +89,7 @@ def test_a_run_tells_how_far_it_is(truth: Truth) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.full
 def test_crashes_hangs_and_lack_of_memory_change_no_loss(
     installation: Installation, new_run: NewRun, truth: Truth
 ) -> None:
@@ -125,6 +126,7 @@ def test_crashes_hangs_and_lack_of_memory_change_no_loss(
     assert status["attempts"][3]["firstStep"] >= 3 * SAVE_EVERY
 
 
+@pytest.mark.full
 def test_a_pod_that_is_deleted_or_evicted_saves_first(
     installation: Installation, new_run: NewRun, truth: Truth
 ) -> None:
@@ -172,6 +174,7 @@ def test_a_run_outlives_its_node(installation: Installation, new_run: NewRun, tr
     assert status["attempts"][1]["firstStep"] >= SAVE_EVERY
 
 
+@pytest.mark.full
 def test_ranks_that_were_given_up_commit_nothing(installation: Installation, new_run: NewRun, truth: Truth) -> None:
     cut_off = other_node(installation)
     here = {"key": "kubernetes.io/hostname", "operator": "In", "values": [cut_off]}
@@ -211,6 +214,7 @@ def committed_by(run: ClusterRun, *, attempt: int) -> set[str]:
     return {path for path in paths if path.endswith(f"/attempt-{attempt}/manifest.json")}
 
 
+@pytest.mark.full
 def test_the_operator_may_go_and_the_store_may_fail(installation: Installation, new_run: NewRun, truth: Truth) -> None:
     run = new_run("surroundings").create()
     run.until_step(2, attempt=1)
@@ -237,6 +241,7 @@ def test_the_operator_may_go_and_the_store_may_fail(installation: Installation, 
     assert len(run.pods()) == 2
 
 
+@pytest.mark.full
 def test_a_suspended_run_goes_on_in_any_size(installation: Installation, new_run: NewRun, truth: Truth) -> None:
     run = new_run("elastic").create()
     first = SAVE_EVERY + 1
@@ -281,6 +286,7 @@ def test_what_cannot_work_is_not_tried_again(installation: Installation, new_run
     until(lambda: not any(is_live(pod) for pod in no_image.pods()), seconds=60, what="no pods")
 
 
+@pytest.mark.full
 def test_a_queue_lets_runs_wait_and_takes_places_away(
     installation: Installation, new_run: NewRun, truth: Truth
 ) -> None:
@@ -367,6 +373,7 @@ def test_a_batch_search_finds_what_fits(installation: Installation, watched: lis
     assert "144p" in json.dumps(table)
 
 
+@pytest.mark.full
 def test_the_operator_asked_for_nothing_that_it_may_not(installation: Installation, truth: Truth) -> None:
     user = "system:serviceaccount:opensora-system:opensora-operator"
     mine = [event for event in installation.control_plane.audit_events() if event["user"]["username"] == user]
