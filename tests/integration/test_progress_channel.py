@@ -82,7 +82,7 @@ def test_reports_arrive_and_change_nothing(
     assert last.samples_per_second is not None
     assert last.samples_per_second > 0
     states = [report.state for report in operator.reports]
-    assert states[0] == "Starting"
+    assert states[0] in ("Starting", "Training"), "the first report may take until the first step"
     assert "Training" in states
     assert {"Evaluating", "Sampling"} & set(states), "longer phases are seen"
     steps = [report.step for report in operator.reports]
