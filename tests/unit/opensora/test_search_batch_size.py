@@ -134,6 +134,12 @@ def test_memory_that_is_not_linear_is_bracketed(name: str, dies_above: float) ->
     assert len(measured) <= MAX_MEASUREMENTS
 
 
+def test_a_chord_that_says_too_little_is_not_the_last_word() -> None:
+    found, _ = settle(lambda n: float(n * n), 100)
+    assert isinstance(found, BucketResult)
+    assert found.batch_size == 10
+
+
 def test_nothing_above_a_size_that_does_not_fit_is_taken() -> None:
     """A kernel that is chosen at sizes from 5 on takes a workspace, and one from 8 on none."""
     found, _ = settle(lambda n: n + (50 if 5 <= n < 8 else 0), 40)
