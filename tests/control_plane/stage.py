@@ -19,6 +19,8 @@ Object = dict[str, Any]
 API = "/apis/opensora.dev/v1alpha1"
 _POLL_SECONDS = 0.15
 _HEARTBEAT_SECONDS = 2.0
+_LINGER_SECONDS = 1.0
+"""How long an ended pod stays: a kubelet takes its time as well, and the end must be seen."""
 _NODES = ("node-0", "node-1")
 SPEC: Object = {
     "image": "example.com/opensora:1",
@@ -37,6 +39,7 @@ class Kubelets(threading.Thread):
         super().__init__(name="kubelets", daemon=True)
         self._control_plane = control_plane
         self._stopping = threading.Event()
+        self._ended: dict[str, float] = {}
         self.habits: dict[str, str] = {}
         """Namespace → `pending` starts no pod, `stubborn` ends none; both otherwise."""
         self.exit_codes: dict[str, int] = {}
@@ -58,7 +61,8 @@ class Kubelets(threading.Thread):
         self._stopping.set()
         self.join(10)
         for name in _NODES:
-            self._control_plane.request("DELETE", f"/api/v1/nodes/{name}")
+            with contextlib.suppress(ApiError):
+                self._control_plane.request("DELETE", f"/api/v1/nodes/{name}")
 
     def _look_after(self, pod: Object) -> None:
         habit = self.habits.get(pod["metadata"]["namespace"], "")
@@ -70,7 +74,9 @@ class Kubelets(threading.Thread):
             if is_live and status["phase"] == "Running":
                 code = self.exit_codes.get(pod["metadata"]["namespace"], 75)
                 end_pod(self._control_plane, pod, code, message="asked to stop")
-            self._control_plane.request("DELETE", path_of(pod), {"gracePeriodSeconds": 0})
+                self._ended[pod["metadata"]["uid"]] = time.monotonic()
+            elif time.monotonic() - self._ended.get(pod["metadata"]["uid"], 0.0) > _LINGER_SECONDS:
+                self._control_plane.request("DELETE", path_of(pod), {"gracePeriodSeconds": 0})
         elif status.get("phase") == "Pending" and habit != "pending" and not pod["spec"].get("schedulingGates"):
             if not pod["spec"].get("nodeName"):
                 self._bind(pod)

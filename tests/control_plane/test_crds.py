@@ -641,7 +641,8 @@ def test_what_is_fixed_cannot_be_changed_added_or_removed(
         assert _problems(refusal(lambda: api.replace(added, dry_run=True))[1]) == [(f"spec.{name}", marker.message)]
     for spec in others:
         code, message = refusal(lambda spec=spec: api.replace(created | {"spec": spec}, dry_run=True))  # type: ignore[misc]
-        assert (code, _problems(message)) == (422, [(f"spec.{name}", marker.message)])
+        assert code == 422
+        assert (f"spec.{name}", marker.message) in _problems(message)  # another value may break a rule as well
 
 
 def test_what_a_run_may_change_can_be_changed(api: Api) -> None:

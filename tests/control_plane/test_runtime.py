@@ -192,6 +192,7 @@ def test_watches_that_are_cut_are_taken_up_again(stage: Stage, proxy: FaultyProx
         proxy.cut()
 
 
+@pytest.mark.full
 def test_a_restart_of_the_api_server_is_survived(stage: Stage, control_plane: ControlPlane) -> None:
     operator = stage.leader(renew_seconds=25, lease_seconds=30)
     stage.create("before")
@@ -226,6 +227,7 @@ def test_what_happens_while_nothing_is_heard_is_found_afterwards(
     )
 
 
+@pytest.mark.full
 def test_a_storm_of_errors_loses_nothing_and_doubles_nothing(stage: Stage, proxy: FaultyProxy) -> None:
     operator = stage.leader(kubeconfig=proxy.kubeconfig("operator"))
     proxy.fault = storm(0.3)
