@@ -155,6 +155,7 @@ def test_a_pod_that_is_deleted_or_evicted_saves_first(
     assert run.steps() == {number: list(range(borders[number - 1] + 1, borders[number] + 1)) for number in (1, 2, 3)}
 
 
+@pytest.mark.full
 def test_a_run_outlives_its_node(installation: Installation, new_run: NewRun, truth: Truth) -> None:
     run = new_run("node-loss").create(terminationGracePeriodSeconds=15)
     run.until_step(SAVE_EVERY + 1, attempt=1)
