@@ -3,6 +3,7 @@ server."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import socket
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from control_plane import ControlPlane
+from control_plane import ApiError, ControlPlane
 from operator_process import OperatorProcess, eventually, grant
 from stage import Kubelets, Object, Stage, now, playing_kubelets
 
@@ -50,7 +51,8 @@ def nodes(control_plane: ControlPlane) -> Iterator[None]:
     stopping.set()
     thread.join()
     for name in names:
-        control_plane.request("DELETE", f"/api/v1/nodes/{name}")
+        with contextlib.suppress(ApiError):  # the API server may have removed it already
+            control_plane.request("DELETE", f"/api/v1/nodes/{name}")
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from dying_operator import EXIT_CODE
 from faulty_proxy import FaultyProxy, storm
 from operator_process import SMALL, OperatorProcess, eventually, grant
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.cluster, pytest.mark.full, pytest.mark.timeout(240)]
 
 Object = dict[str, Any]
 FAST_LEASE = {"lease_seconds": 10, "renew_seconds": 6, "retry_seconds": 0.5}
@@ -192,7 +192,6 @@ def test_watches_that_are_cut_are_taken_up_again(stage: Stage, proxy: FaultyProx
         proxy.cut()
 
 
-@pytest.mark.full
 def test_a_restart_of_the_api_server_is_survived(stage: Stage, control_plane: ControlPlane) -> None:
     operator = stage.leader(renew_seconds=25, lease_seconds=30)
     stage.create("before")
@@ -227,7 +226,6 @@ def test_what_happens_while_nothing_is_heard_is_found_afterwards(
     )
 
 
-@pytest.mark.full
 def test_a_storm_of_errors_loses_nothing_and_doubles_nothing(stage: Stage, proxy: FaultyProxy) -> None:
     operator = stage.leader(kubeconfig=proxy.kubeconfig("operator"))
     proxy.fault = storm(0.3)
