@@ -170,15 +170,16 @@ class Controller:
     async def _converge(self, turn: Turn, body: Object, memory: _Memory, plan: Plan) -> bool:
         """Apply a plan that decides nothing new. False: the object has changed meanwhile, it must be planned again."""
         key, metadata = turn.key, body["metadata"]
-        memory.num_repeats = memory.num_repeats + 1 if plan.actions and plan.actions == memory.actions else 0
-        memory.actions = plan.actions
         if plan.actions:
-            await self._act(body, memory, plan.actions)
+            await self._act(body, memory, plan.actions)  # what the API server did not take is no repetition
+            memory.num_repeats = memory.num_repeats + 1 if plan.actions == memory.actions else 0
+            memory.actions = plan.actions
             memory.events += plan.events
             if memory.num_repeats >= _MAX_REPEATS:
                 raise PlannerError(f"{[type(action).__name__ for action in plan.actions]} has no effect")
             self._queue.add(key, later=True)
             return True
+        memory.actions, memory.num_repeats = (), 0
         if plan.status is not None and _difference(body.get("status") or {}, plan.status):
             wait = self._pace.wait_seconds(metadata["uid"]) if plan.is_progress_only else 0.0
             if wait > 0 or (not plan.is_progress_only and not turn.later and self._queue.has_urgent()):

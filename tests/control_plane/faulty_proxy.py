@@ -91,10 +91,13 @@ class FaultyProxy(threading.Thread):
         self.port = self._runner.addresses[0][1]
 
     async def _end(self) -> None:
-        for task in self._streams:
+        streams = list(self._streams)
+        for task in streams:
             task.cancel()
+        await asyncio.gather(*streams, return_exceptions=True)
         await self._runner.cleanup()
         await self._session.close()
+        await asyncio.sleep(0.3)  # aiohttp does not wait for the ends of TLS connections
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         if self._refuses:

@@ -382,6 +382,19 @@ def test_actions_that_change_nothing_are_not_repeated_without_a_pause(bench: Ben
         assert len(bench.server.requests) == number
 
 
+def test_an_action_that_failed_often_and_then_works_is_no_bug(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    bench.server.failures["create Job j"] = [ApiError(503, "not now") for _ in range(6)]
+    bench.planner = lambda seen: Plan(
+        actions=() if seen.jobs else (Create(manifest=bench.manifest("Job", "j")),),
+    )
+    bench.start()
+    for _ in range(8):
+        bench.clock.now += 60
+        bench.settle()
+    assert ("Job", "team", "j") in bench.server.objects
+    assert "bug" not in caplog.text
+
+
 def test_decisions_without_an_end_are_stopped(bench: Bench) -> None:
     bench.planner = lambda seen: Plan(status={"n": seen.body["status"].get("n", 0) + 1}, is_decision=True)
     bench.start()
