@@ -21,6 +21,9 @@ space := $(empty) $(empty)
 # Use the Python that is here; one that was fetched would not be the one that was asked for.
 export UV_PYTHON_DOWNLOADS := never
 
+# Python keeps what it compiles: without that, each of the hundreds of processes that the tests start compiles torch.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

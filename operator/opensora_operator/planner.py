@@ -7,46 +7,28 @@ anything; all else follows from what is there, so an operator that dies anywhere
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from dataclasses import replace
 
+from opensora_operator import run_states
 from opensora_operator import status as states
 from opensora_operator.api import (
     AttemptStatus,
     NodesStatus,
-    ProfileRef,
-    ResolvedStatus,
-    TrainingProfileSpec,
     TrainingRunSpec,
     TrainingRunStatus,
 )
 from opensora_operator.constants import GROUP, ExitCode
 from opensora_operator.observation import Observation
-from opensora_operator.plans import Action, Create, Delete, Event, FailPod, Key, Needs, Object, Plan, SetSuspend
+from opensora_operator.plans import Action, Create, Delete, Event, Key, Needs, Object, Plan, SetSuspend
+from opensora_operator.pod_states import BROKEN_IMAGE, remove_stuck_pods
 from opensora_operator.policies import restart
 from opensora_operator.policies.causes import Cause, cause_of
-from opensora_operator.progress import ProgressReport
 from opensora_operator.reasons import ConditionType, Reason
-from opensora_operator.resources import (
-    CA_KEY,
-    CONFIG_FOLDER,
-    CONFIG_KEY,
-    TOKEN_FOLDER,
-    Workload,
-    config_map,
-    gang_job,
-    headless_service,
-    isolation,
-    parse_quantity,
-    pod_group,
-)
+from opensora_operator.run_resources import wanted_by
+from opensora_operator.run_view import Run, job_name, profile_key
 from opensora_operator.status import State
-from opensora_operator.topology import placement_of
-from opensora_operator.views import JobView, PodView
+from opensora_operator.views import JobView
 from opensora_operator.wire import WireError, from_wire, to_wire
 
 KIND = "TrainingRun"
@@ -56,15 +38,7 @@ _LOOK_AGAIN_SECONDS = 30.0
 """How often something that is missing, and not watched, is looked for."""
 _MAX_ATTEMPTS_SHOWN = 10
 _MAX_MESSAGE = 2000
-_BROKEN_IMAGE = "InvalidImageName"
-_PULLING = ("ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "InspectFailed", "RegistryUnavailable")
-_CONFIG_ERRORS = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
 _STOPPED_ON_PURPOSE = (Reason.STOPPED, Reason.DISRUPTED, Reason.PREEMPTED)
-
-
-def job_name(run_name: str, attempt: int) -> str:
-    """The Job of an attempt. No name is ever used twice."""
-    return f"{run_name}-a{attempt}"
 
 
 def needs(run: Object) -> Needs:
@@ -80,7 +54,7 @@ def needs(run: Object) -> Needs:
     resolved = status.resolved.config_map
     if resolved is not None:
         return Needs(children=(("ConfigMap", resolved),), stuck_pod_seconds=float(spec.deadlines.stuck_pod_seconds))
-    profile = _profile_key(spec, namespace)
+    profile = profile_key(spec, namespace)
     objects = [] if profile is None else [profile]
     if spec.batch_table_ref is not None:
         objects.append(Key("BatchSearch", namespace, spec.batch_table_ref.name))
@@ -97,15 +71,10 @@ def needs(run: Object) -> Needs:
     )
 
 
-def _profile_key(spec: TrainingRunSpec, namespace: str) -> Key | None:
-    ref = spec.profile_ref
-    return None if ref is None else Key(ref.kind, namespace if ref.kind == "TrainingProfile" else "", ref.name)
-
-
 def plan(observed: Observation) -> Plan:
     """What to do now."""
     try:
-        run = _Run(observed)
+        run = Run(observed)
     except WireError as error:
         # The schema lets nothing like this through; an object from before a change of the schema may still have it.
         return _invalid(observed, f"{error}")
@@ -116,120 +85,10 @@ def plan(observed: Observation) -> Plan:
     return _decide(run) or _converge(run)
 
 
-class _Run:
-    """A run with what can be read off it."""
-
-    def __init__(self, observed: Observation) -> None:
-        self.observed = observed
-        self.now = observed.now
-        self.object = observed.body
-        self.name: str = observed.body["metadata"]["name"]
-        self.namespace: str = observed.body["metadata"]["namespace"]
-        self.generation: int = observed.body["metadata"].get("generation", 0)
-        self.spec = from_wire(TrainingRunSpec, observed.body.get("spec") or {})
-        self.status = from_wire(TrainingRunStatus, observed.body.get("status") or {})
-        self.attempt = max(1, self.status.attempt)
-
-    @property
-    def is_over(self) -> bool:
-        return self.status.phase in states.TERMINAL
-
-    @cached_property
-    def job(self) -> JobView | None:
-        """The Job of the current attempt."""
-        return self.job_of(self.attempt)
-
-    def job_of(self, attempt: int) -> JobView | None:
-        name = job_name(self.name, attempt)
-        return next((job for job in self.observed.jobs if job.name == name and not job.deleting), None)
-
-    @cached_property
-    def pods(self) -> tuple[PodView, ...]:
-        """The pods of the current attempt."""
-        return tuple(pod for pod in self.observed.pods if pod.attempt == self.attempt)
-
-    @cached_property
-    def earlier_live_pods(self) -> tuple[PodView, ...]:
-        return tuple(pod for pod in self.observed.pods if pod.attempt != self.attempt and pod.is_live)
-
-    @property
-    def queue(self) -> str | None:
-        """The queue that starts the Jobs, decided when the run was accepted."""
-        if self.status.resolved.config_map is not None:
-            return self.status.resolved.queue
-        profile = (self.profile or {}).get("spec") or {}
-        queue: str | None = (profile.get("scheduling") or {}).get("queue")
-        return self.spec.scheduling.queue or queue
-
-    @property
-    def profile(self) -> Object | None:
-        """The profile that the spec names, or else the default one."""
-        key = _profile_key(self.spec, self.namespace)
-        return self.observed.default_profile if key is None else self.observed.objects.get(key)
-
-    @property
-    def nodes(self) -> int:
-        """Pods of the current attempt."""
-        nodes = self.status.nodes
-        return nodes.desired if nodes.desired and nodes.requested == self.spec.nodes else self.spec.nodes
-
-    @property
-    def is_resized(self) -> bool:
-        """Another number of nodes was asked for since the attempt began."""
-        is_described = self.status.job == job_name(self.name, self.attempt)
-        return is_described and self.status.nodes.requested != self.spec.nodes
-
-    @property
-    def restart_id(self) -> str | None:
-        """A restart that was asked for and not done."""
-        asked = self.spec.requests.restart
-        return asked.id if asked is not None and asked.id != self.status.requests.restart else None
-
-    @property
-    def wants_pods(self) -> bool:
-        return not self.spec.suspend and not self.spec.requests.stop
-
-    @property
-    def must_stop(self) -> Reason | None:
-        """Why pods that run now shall end."""
-        if self.spec.requests.stop:
-            return Reason.CANCELLED
-        if self.spec.suspend:
-            return Reason.SUSPENDED
-        if self.is_resized:
-            return Reason.RESIZED
-        return Reason.RESTART_REQUESTED if self.restart_id is not None else None
-
-    @cached_property
-    def running_since(self) -> float | None:
-        """When the last pod of the attempt began to run; None while one does not."""
-        condition = states.find(self.status.conditions, ConditionType.RUNNING)
-        if not self.all_running:
-            return None
-        return condition.last_transition_time if condition and condition.status == "True" else self.now
-
-    @cached_property
-    def all_running(self) -> bool:
-        indexes = {pod.index for pod in self.pods if pod.ready or pod.exit_code is not None}
-        return self.job is not None and len(indexes) >= self.job.completions
-
-    @cached_property
-    def report(self) -> ProgressReport | None:
-        report = self.observed.progress
-        return report if report is not None and report.attempt == self.attempt else None
-
-    def record(self) -> AttemptStatus:
-        """The record of the current attempt."""
-        for record in self.status.attempts:
-            if record.number == self.attempt:
-                return record
-        return AttemptStatus(number=self.attempt, nodes=self.nodes, first_step=self.status.checkpoint.latest_step or 0)
-
-
 # ----------------------------------------------------------------------------------------------------------- decisions
 
 
-def _decide(run: _Run) -> Plan | None:
+def _decide(run: Run) -> Plan | None:
     """The write that has to come before anything else is done, if there is one."""
     newest = max((job.attempt for job in run.observed.jobs if not job.deleting), default=0)
     if newest > run.attempt:
@@ -260,7 +119,7 @@ def _decide(run: _Run) -> Plan | None:
     return _deadline(run, job)
 
 
-def _name_table(run: _Run) -> Plan | None:
+def _name_table(run: Run) -> Plan | None:
     """Say which table of batch sizes the run takes, once its search has one: by this name it is looked up."""
     ref, resolved = run.spec.batch_table_ref, run.status.resolved
     if ref is None or resolved.config_map is not None:
@@ -272,7 +131,7 @@ def _name_table(run: _Run) -> Plan | None:
     return _decision(run, replace(run.status, resolved=replace(resolved, batch_table=table)))
 
 
-def _why_it_stopped(run: _Run, job: JobView, cause: Cause) -> Cause:
+def _why_it_stopped(run: Run, job: JobView, cause: Cause) -> Cause:
     """A Job that was suspended, and whose pods saved and went, did not fail."""
     if cause.reason not in _STOPPED_ON_PURPOSE:
         return cause
@@ -283,7 +142,7 @@ def _why_it_stopped(run: _Run, job: JobView, cause: Cause) -> Cause:
     return replace(cause, reason=Reason.SUSPENDED) if job.suspended else cause
 
 
-def _stopped_on_purpose(run: _Run, job: JobView) -> Plan | None:
+def _stopped_on_purpose(run: Run, job: JobView) -> Plan | None:
     """A Job whose pods are gone because they should be, and that has not failed over it."""
     reason = run.must_stop
     if reason is None or not job.suspended or any(pod.is_live for pod in run.pods):
@@ -293,13 +152,13 @@ def _stopped_on_purpose(run: _Run, job: JobView) -> Plan | None:
     return _attempt_ended(run, Cause(reason=reason, message=""))
 
 
-def _was_suspended(run: _Run, job: JobView) -> bool:
+def _was_suspended(run: Run, job: JobView) -> bool:
     """The queue, or somebody, has suspended a Job whose pods ran, and they are gone. What runs next gets a number of
     its own: the number is what keeps processes that were left behind from committing."""
     return job.suspended and run.record().ran_at is not None and not any(pod.is_live for pod in run.pods)
 
 
-def _job_is_gone(run: _Run) -> Plan | None:
+def _job_is_gone(run: Run) -> Plan | None:
     reason = run.must_stop
     if reason is None:
         return _attempt_ended(
@@ -310,21 +169,21 @@ def _job_is_gone(run: _Run) -> Plan | None:
     return _attempt_ended(run, Cause(reason=reason, message=""))
 
 
-def _deadline(run: _Run, job: JobView) -> Plan | None:
+def _deadline(run: Run, job: JobView) -> Plan | None:
     deadlines = run.spec.deadlines
     if job.suspended or job.started is None:
         return None
     if deadlines.active_seconds and run.status.active_seconds + run.now - job.started > deadlines.active_seconds:
         message = f"active for longer than deadlines.activeSeconds={deadlines.active_seconds}"
         return _attempt_ended(run, Cause(reason=Reason.DEADLINE_EXCEEDED, message=message))
-    broken = next((pod for pod in run.pods if pod.waiting_reason == _BROKEN_IMAGE), None)
+    broken = next((pod for pod in run.pods if pod.waiting_reason == BROKEN_IMAGE), None)
     if broken is not None:
-        message = f"pod {broken.name}: {broken.waiting_message or _BROKEN_IMAGE}"
+        message = f"pod {broken.name}: {broken.waiting_message or BROKEN_IMAGE}"
         return _attempt_ended(run, Cause(reason=Reason.IMAGE_PULL_FAILED, message=message))
     if run.all_running or run.report is not None or run.now - job.started <= deadlines.startup_seconds:
         return None
-    waiting = _running_state(run)
-    what = waiting if _scheduled_state(run).status else _scheduled_state(run)
+    waiting = run_states.running(run)
+    what = waiting if run_states.scheduled(run).status else run_states.scheduled(run)
     message = f"not all pods ran after {deadlines.startup_seconds} s: {what.message or what.reason}"
     if _fewer_nodes(run) is not None:
         return _attempt_ended(run, Cause(reason=Reason.NOT_STARTED, message=message))
@@ -333,13 +192,13 @@ def _deadline(run: _Run, job: JobView) -> Plan | None:
     return _attempt_ended(run, Cause(reason=reason, message=message))
 
 
-def _fewer_nodes(run: _Run) -> int | None:
+def _fewer_nodes(run: Run) -> int | None:
     """The next smaller number of nodes that the run can do with."""
     allowed = run.spec.elastic.allowed_nodes if run.spec.elastic is not None else ()
     return max((count for count in allowed if count < run.nodes), default=None)
 
 
-def _succeeded(run: _Run, job: JobView) -> Plan:
+def _succeeded(run: Run, job: JobView) -> Plan:
     by_rank_zero = run.spec.success_policy == "RankZero"
     reason = Reason.RANK_ZERO_SUCCEEDED if by_rank_zero else Reason.ALL_RANKS_SUCCEEDED
     status = _with_report(run, run.status)
@@ -359,7 +218,7 @@ def _succeeded(run: _Run, job: JobView) -> Plan:
     return _decision(run, status, conditions, Event(reason=reason, message=f"attempt {run.attempt} is done"))
 
 
-def _attempt_ended(run: _Run, cause: Cause) -> Plan:
+def _attempt_ended(run: Run, cause: Cause) -> Plan:
     """Close the attempt's record; the run is over, or the next attempt has its number."""
     status = _with_report(run, run.status)
     if cause.exit_code == ExitCode.STOPPED:  # it has saved the step that it names, whether it could report that or not
@@ -420,7 +279,7 @@ def _attempt_ended(run: _Run, cause: Cause) -> Plan:
     return _decision(run, status, conditions, *events)
 
 
-def _with_restart(run: _Run, status: TrainingRunStatus) -> TrainingRunStatus:
+def _with_restart(run: Run, status: TrainingRunStatus) -> TrainingRunStatus:
     """The status with the restart that is asked for done: the next attempt starts at once."""
     asked = run.spec.requests.restart
     assert asked is not None
@@ -430,7 +289,7 @@ def _with_restart(run: _Run, status: TrainingRunStatus) -> TrainingRunStatus:
     return replace(status, requests=replace(status.requests, restart=asked.id), backoff_until=None)
 
 
-def _over(run: _Run, reason: Reason, message: str, status: TrainingRunStatus) -> Plan:
+def _over(run: Run, reason: Reason, message: str, status: TrainingRunStatus) -> Plan:
     """The run has failed, for good."""
     conditions = {
         ConditionType.FAILED: State(status=True, reason=reason, message=message),
@@ -465,7 +324,7 @@ def _invalid(observed: Observation, message: str) -> Plan:
 
 
 def _decision(
-    run: _Run,
+    run: Run,
     status: TrainingRunStatus,
     conditions: Mapping[ConditionType, State] | None = None,
     *events: Event,
@@ -474,7 +333,7 @@ def _decision(
 
 
 def _finished(
-    run: _Run, status: TrainingRunStatus, conditions: Mapping[ConditionType, State], *, has_job: bool = False
+    run: Run, status: TrainingRunStatus, conditions: Mapping[ConditionType, State], *, has_job: bool = False
 ) -> TrainingRunStatus:
     """The status with its conditions, and the phase that follows from them."""
     new = states.set_conditions(status.conditions, conditions, now=run.now, generation=run.generation)
@@ -482,7 +341,7 @@ def _finished(
     return replace(status, conditions=new, phase=phase, observed_generation=run.generation)
 
 
-def _closed(run: _Run, status: TrainingRunStatus, cause: Cause) -> AttemptStatus:
+def _closed(run: Run, status: TrainingRunStatus, cause: Cause) -> AttemptStatus:
     record = run.record()
     last_step = cause.step if cause.step is not None else status.progress.step
     return replace(
@@ -504,7 +363,7 @@ def _with_record(records: Sequence[AttemptStatus], record: AttemptStatus) -> tup
     return tuple(sorted([*kept, record], key=lambda known: known.number)[-_MAX_ATTEMPTS_SHOWN:])
 
 
-def _with_report(run: _Run, status: TrainingRunStatus) -> TrainingRunStatus:
+def _with_report(run: Run, status: TrainingRunStatus) -> TrainingRunStatus:
     """The status with what rank 0 has reported."""
     report = run.report
     if report is None:
@@ -528,12 +387,10 @@ def _with_report(run: _Run, status: TrainingRunStatus) -> TrainingRunStatus:
 # --------------------------------------------------------------------------------------------------------- convergence
 
 
-def _converge(run: _Run) -> Plan:
+def _converge(run: Run) -> Plan:
     """Make what is there what should be there, and tell how it is."""
-    actions: list[Action] = []
-    events: list[Event] = []
+    actions, events = _remove_stuck_pods(run)
     status = _with_report(run, run.status)
-    _remove_stuck_pods(run, actions, events)
     _stop_earlier_attempts(run, actions)
     _trim_history(run, actions)
 
@@ -542,7 +399,7 @@ def _converge(run: _Run) -> Plan:
         _start_or_stop(run, job, actions)
         status = _with_attempt(run, job, status, actions)
     elif run.wants_pods and run.status.job != job_name(run.name, run.attempt):  # never the same Job twice
-        wanted = _wanted(run)
+        wanted = wanted_by(run)
         if isinstance(wanted, State):
             problem = wanted
         else:
@@ -562,7 +419,7 @@ def _converge(run: _Run) -> Plan:
     )
 
 
-def _start_or_stop(run: _Run, job: JobView, actions: list[Action]) -> None:
+def _start_or_stop(run: Run, job: JobView, actions: list[Action]) -> None:
     """Suspend or resume the Job. Where a queue decides about that, stopping it means deleting it."""
     if job.condition("FailureTarget") or job.condition("Failed"):
         return
@@ -575,7 +432,7 @@ def _start_or_stop(run: _Run, job: JobView, actions: list[Action]) -> None:
         actions.append(SetSuspend(name=job.name, uid=job.uid, suspend=False))
 
 
-def _stop_earlier_attempts(run: _Run, actions: list[Action]) -> None:
+def _stop_earlier_attempts(run: Run, actions: list[Action]) -> None:
     """Nothing of an earlier attempt may run beside this one."""
     ending = set()
     for job in run.observed.jobs:
@@ -591,30 +448,18 @@ def _stop_earlier_attempts(run: _Run, actions: list[Action]) -> None:
             actions.append(Delete(kind="Pod", name=pod.name, uid=pod.uid))
 
 
-def _remove_stuck_pods(run: _Run, actions: list[Action], events: list[Event]) -> None:
-    """Pods that are deleted, on nodes that do not answer, end only if somebody says so for them.
-
-    Their processes may live on: the attempt's number keeps them from committing anything. Such a pod is kept until the
-    attempt's end is written down: it alone tells that a node was lost.
-    """
-    patience = run.spec.deadlines.stuck_pod_seconds
-    for pod in run.observed.pods:
-        if pod.deleting_since is None or run.now - pod.deleting_since < patience:
-            continue
-        if not pod.is_live:
-            if pod.attempt != run.attempt or run.is_over:
-                actions.append(Delete(kind="Pod", name=pod.name, uid=pod.uid, grace_seconds=0))
-            continue
-        if pod.node not in run.observed.dead_nodes:
-            continue
-        message = f"node {pod.node} does not answer, and the pod was deleted {patience} s ago"
-        actions.append(FailPod(name=pod.name, uid=pod.uid, message=message))
-        events.append(
-            Event(reason=Reason.POD_FORCED, message=f"pod {pod.name} is removed by force: {message}", warning=True)
-        )
+def _remove_stuck_pods(run: Run) -> tuple[list[Action], list[Event]]:
+    """A pod of this attempt is kept until the attempt's end is written down: it alone tells that a node was lost."""
+    return remove_stuck_pods(
+        run.observed.pods,
+        dead_nodes=run.observed.dead_nodes,
+        now=run.now,
+        patience=run.spec.deadlines.stuck_pod_seconds,
+        is_needed=lambda pod: pod.attempt == run.attempt and not run.is_over,
+    )
 
 
-def _trim_history(run: _Run, actions: list[Action]) -> None:
+def _trim_history(run: Run, actions: list[Action]) -> None:
     oldest = run.attempt - run.spec.cleanup.attempt_history_limit
     deleted = {action.name for action in actions if isinstance(action, Delete)}
     for job in run.observed.jobs:
@@ -622,7 +467,7 @@ def _trim_history(run: _Run, actions: list[Action]) -> None:
             actions.append(Delete(kind="Job", name=job.name, uid=job.uid))
 
 
-def _why_not_yet(run: _Run) -> State | None:
+def _why_not_yet(run: Run) -> State | None:
     """What the next attempt waits for."""
     if run.earlier_live_pods:
         names = ", ".join(sorted(pod.name for pod in run.earlier_live_pods)[:8])
@@ -634,11 +479,11 @@ def _why_not_yet(run: _Run) -> State | None:
     return None
 
 
-def _with_attempt(run: _Run, job: JobView, status: TrainingRunStatus, actions: list[Action]) -> TrainingRunStatus:
+def _with_attempt(run: Run, job: JobView, status: TrainingRunStatus, actions: list[Action]) -> TrainingRunStatus:
     """The status with the attempt whose Job is there, and with what its pods were made from."""
     if status.job == job.name:
         return status
-    if job.config != status.resolved.config_map and not isinstance(wanted := _wanted(run), State):
+    if job.config != status.resolved.config_map and not isinstance(wanted := wanted_by(run), State):
         status = replace(status, resolved=wanted.resolved)
         if wanted.resolved.config_map != job.config:
             # The profile has changed between the Job and this: it holds for the attempts to come.
@@ -655,7 +500,7 @@ def _with_attempt(run: _Run, job: JobView, status: TrainingRunStatus, actions: l
     )
 
 
-def _look_again(run: _Run, problem: State | None) -> float | None:
+def _look_again(run: Run, problem: State | None) -> float | None:
     """When something happens that no event tells of."""
     due: list[float] = []
     if problem is not None:
@@ -696,246 +541,11 @@ def _decisive(status: Object) -> Object:
     return {**{key: value for key, value in status.items() if key not in _PROGRESS_KEYS}, "conditions": conditions}
 
 
-# -------------------------------------------------------------------------------------------------- what an attempt is
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Wanted:
-    """The objects of the next attempt, in the order in which they are made."""
-
-    objects: tuple[Object, ...]
-    resolved: ResolvedStatus
-
-
-def _wanted(run: _Run) -> _Wanted | State:
-    """The next attempt's objects; or why there can be none."""
-    snapshot = _snapshot(run)
-    if isinstance(snapshot, State):
-        return snapshot
-    profile, image, data, resolved = snapshot
-    procs = resolved.procs_per_node or 1
-    world_size = run.nodes * procs
-    group = run.spec.parallelism.sequence or 1
-    if world_size % group:
-        return _refusal(
-            f"spec.nodes x spec.procsPerNode = {run.nodes} x {procs} ranks do not divide by "
-            f"parallelism.sequence = {group}"
-        )
-    configuration = config_map(run.object, data, component="trainer")
-    placement = placement_of(run.spec, profile, run.object, attempt=run.attempt, nodes=run.nodes, procs=procs)
-    name = job_name(run.name, run.attempt)
-    workload = Workload(
-        owner=run.object,
-        component="trainer",
-        attempt=run.attempt,
-        image=image,
-        profile=profile,
-        template=run.spec.pod_template,
-        command=("python", "-m", "opensora.launch"),
-        args=_arguments(run, data, profile),
-        env=_environment(run, name, procs),
-        config_map=configuration["metadata"]["name"],
-        grace_seconds=run.spec.termination_grace_period_seconds,
-        storage_secret=_first(run.spec.storage.secret_ref, profile.storage.secret_ref, of="name"),
-        endpoint=run.spec.storage.endpoint or profile.storage.endpoint,
-        priority_class=run.spec.scheduling.priority_class_name or profile.scheduling.priority_class_name,
-        service=run.name,
-        avoid_nodes=run.status.avoid_nodes,
-        token_audience=f"{GROUP}/{run.namespace}/{run.name}" if run.observed.platform.progress_url else None,
-        topology=placement.pods,
-    )
-    objects = [configuration, headless_service(run.object)]
-    if run.spec.network.policy == "Isolated":
-        objects.append(isolation(run.object))
-    if placement.pod_group_seconds is not None:
-        seconds = placement.pod_group_seconds
-        objects.append(pod_group(run.object, name, attempt=run.attempt, nodes=run.nodes, timeout_seconds=seconds))
-    rank_zero = run.spec.success_policy == "RankZero"
-    objects.append(gang_job(workload, name, nodes=run.nodes, queue=resolved.queue, rank_zero_decides=rank_zero))
-    taken = _name_taken(run, objects)
-    if taken is not None:
-        return taken
-    for manifest in objects:
-        refusal = run.observed.rejected.get(manifest["metadata"]["name"])
-        if refusal is not None:
-            message = f"{manifest['kind']} {manifest['metadata']['name']}: {refusal}"
-            return State(status=False, reason=Reason.REJECTED, message=message)
-    names = replace(resolved, config_map=configuration["metadata"]["name"], world_size=world_size)
-    return _Wanted(objects=tuple(objects), resolved=names)
-
-
-def _name_taken(run: _Run, objects: Sequence[Object]) -> State | None:
-    for manifest in objects:
-        kind, name = manifest["kind"], manifest["metadata"]["name"]
-        found = run.observed.children.get((kind, name))
-        if found is not None and found.owner_uid != run.object["metadata"]["uid"]:
-            message = f"the {kind} {name} in this namespace does not belong to this run"
-            return State(status=False, reason=Reason.NAME_CONFLICT, message=message)
-    return None
-
-
-_Snapshot = tuple[TrainingProfileSpec, str, dict[str, str], ResolvedStatus]
-
-
-def _snapshot(run: _Run) -> _Snapshot | State:
-    """Profile, image, files of the pods, and what status tells of them: read once, kept in the run's ConfigMap."""
-    kept = run.status.resolved.config_map
-    if kept is None:
-        return _first_snapshot(run)
-    child = run.observed.children.get(("ConfigMap", kept))
-    if child is None:
-        message = f"the ConfigMap {kept} with what this run was started with is gone"
-        return State(status=False, reason=Reason.CONFIG_MISSING, message=message)
-    data = dict(child.data)
-    profile = from_wire(TrainingProfileSpec, json.loads(data["profile.json"]))
-    resolved = run.status.resolved
-    assert resolved.image is not None
-    return profile, resolved.image, _with_authority(run, data), resolved
-
-
-def _first_snapshot(run: _Run) -> _Snapshot | State:
-    spec, observed = run.spec, run.observed
-    profile, source = TrainingProfileSpec(), run.profile
-    if spec.profile_ref is not None and source is None:
-        message = f"spec.profileRef: there is no {spec.profile_ref.kind} {spec.profile_ref.name}"
-        return State(status=False, reason=Reason.PROFILE_NOT_FOUND, message=message)
-    if source is not None:
-        profile = from_wire(TrainingProfileSpec, source.get("spec") or {})
-    image = spec.image or profile.image
-    if image is None:
-        return _refusal("spec.image is missing, and no profile gives one: name an image")
-    for name, degree in (("tensor", spec.parallelism.tensor), ("pipeline", spec.parallelism.pipeline)):
-        if (degree or 1) > 1:
-            return _refusal(f"spec.parallelism.{name} = {degree}: the core has no {name} parallelism; leave it out")
-    if spec.sampling.max_per_step is not None and spec.sampling.prompts_ref is None:
-        return _refusal("spec.sampling.maxPerStep needs spec.sampling.promptsRef: the config's own prompts all count")
-    data: dict[str, str] = {"profile.json": json.dumps(to_wire(profile), sort_keys=True)}
-    if spec.config.inline is not None:
-        data[CONFIG_KEY] = spec.config.inline
-    for field_name, ref, key in (
-        ("config.ref", spec.config.ref, CONFIG_KEY),
-        ("sampling.promptsRef", spec.sampling.prompts_ref, "prompts.txt"),
-    ):
-        if ref is None:
-            continue
-        found = observed.config_maps.get(ref.config_map)
-        if found is None or ref.key not in found:
-            what = f"ConfigMap {ref.config_map}" if found is None else f"key {ref.key} in ConfigMap {ref.config_map}"
-            return State(status=False, reason=Reason.CONFIG_MISSING, message=f"spec.{field_name}: there is no {what}")
-        data[key] = found[ref.key]
-    table = run.status.resolved.batch_table
-    if spec.batch_table_ref is not None:
-        if table is None:
-            name = spec.batch_table_ref.name
-            message = f"spec.batchTableRef: BatchSearch {name} has no table yet"
-            return State(status=False, reason=Reason.CONFIG_MISSING, message=message)
-        found = observed.config_maps.get(table)
-        if found is None:
-            message = f"spec.batchTableRef: the ConfigMap {table} of the table is missing"
-            return State(status=False, reason=Reason.CONFIG_MISSING, message=message)
-        data["batch-table.json"] = found["table.json"]
-    resolved = ResolvedStatus(
-        profile=None if source is None else ProfileRef(kind=source["kind"], name=source["metadata"]["name"]),
-        profile_generation=None if source is None else source["metadata"].get("generation"),
-        image=image,
-        procs_per_node=_procs_per_node(run.spec, profile),
-        queue=run.queue,
-        batch_table=table,
-    )
-    return profile, image, _with_authority(run, data), resolved
-
-
-def _with_authority(run: _Run, data: dict[str, str]) -> dict[str, str]:
-    """A new attempt trusts the authorities of now."""
-    bundle = run.observed.platform.ca_bundle
-    return data if bundle is None else {**data, CA_KEY: bundle}
-
-
-def _procs_per_node(spec: TrainingRunSpec, profile: TrainingProfileSpec) -> int:
-    given = spec.procs_per_node if spec.procs_per_node != "auto" else profile.procs_per_node
-    if isinstance(given, int):
-        return given
-    resource = profile.accelerator.resource
-    limit = {**profile.pod_template.resources.limits, **spec.pod_template.resources.limits}.get(resource)
-    count = int(parse_quantity(limit)) if limit is not None else profile.accelerator.count
-    return max(1, count)
-
-
-def _refusal(message: str) -> State:
-    return State(status=False, reason=Reason.INVALID_SPEC, message=message)
-
-
-def _first(*options: Any, of: str) -> Any:
-    return next((getattr(option, of) for option in options if option is not None), None)
-
-
-def _arguments(run: _Run, data: Mapping[str, str], profile: TrainingProfileSpec) -> tuple[str, ...]:
-    """The command line of the core: its config, and what the spec says about it as overrides."""
-    spec = run.spec
-    config = spec.config.file or f"{CONFIG_FOLDER}/{CONFIG_KEY}"
-    grace = spec.termination_grace_period_seconds
-    budget = spec.checkpoint.sigterm_budget_seconds or max(1, grace - 30, grace // 2)
-    cache, host = spec.data.cache, profile.host_cache
-    cache_path = cache.path if cache is not None else host.mount_path if host is not None else None
-    cache_limit = cache.size_limit if cache is not None else host.size_limit if host is not None else None
-    overrides = {
-        "run_uri": spec.run_uri,
-        "checkpoint.stop_deadline_seconds": budget,
-        "parallel.sequence": spec.parallelism.sequence,
-        "data.path": spec.data.catalogue,
-        "data.cache_dir": cache_path,
-        "data.cache_gib": None if cache_limit is None else parse_quantity(cache_limit) / 2**30,
-        "data.batch_table": f"{CONFIG_FOLDER}/batch-table.json" if "batch-table.json" in data else None,
-        "checkpoint.every_steps": spec.checkpoint.every_steps,
-        "checkpoint.keep_last": spec.checkpoint.keep_last,
-        "checkpoint.keep_every_steps": spec.checkpoint.keep_every_steps,
-        "samples.every_steps": spec.sampling.every_steps,
-        "samples.prompts": _prompts(spec, data),
-        "watchdog.factor": spec.watchdog.step_timeout_factor,
-        "watchdog.floor_seconds": spec.watchdog.min_seconds,
-    }
-    given = [f"{key}={_value(value)}" for key, value in overrides.items() if value is not None]
-    return (f"opensora.{spec.entrypoint}", config, *given, *spec.config.overrides)
-
-
-def _prompts(spec: TrainingRunSpec, data: Mapping[str, str]) -> list[str] | None:
-    if "prompts.txt" not in data:
-        return None
-    lines = [line.strip() for line in data["prompts.txt"].splitlines() if line.strip()]
-    return lines[: spec.sampling.max_per_step]
-
-
-def _value(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _environment(run: _Run, job: str, procs: int) -> dict[str, str]:
-    """The launcher's settings."""
-    grace = run.spec.termination_grace_period_seconds
-    env = {
-        "OPENSORA_NNODES": str(run.nodes),
-        "OPENSORA_NPROC_PER_NODE": str(procs),
-        "OPENSORA_ATTEMPT": str(run.attempt),
-        "OPENSORA_RUN_URI": run.spec.run_uri,
-        "OPENSORA_MASTER_ADDR": f"{job}-0.{run.name}",
-        "OPENSORA_MASTER_PORT": str(run.spec.rendezvous.port),
-        "OPENSORA_RENDEZVOUS_SECONDS": str(run.spec.rendezvous.timeout_seconds),
-        "OPENSORA_SAVE_DEADLINE_SECONDS": str(max(1, grace - 15, math.ceil(grace * 3 / 4))),
-    }
-    url = run.observed.platform.progress_url
-    if url is not None:
-        env["OPENSORA_PROGRESS_URL"] = f"{url}/v1/namespaces/{run.namespace}/runs/{run.name}/progress"
-        env["OPENSORA_PROGRESS_TOKEN_FILE"] = f"{TOKEN_FOLDER}/token"
-        if run.observed.platform.ca_bundle is not None:
-            env["OPENSORA_PROGRESS_CA_FILE"] = f"{CONFIG_FOLDER}/{CA_KEY}"
-    return env
-
-
 # --------------------------------------------------------------------------------------------------------- description
 
 
 def _described(
-    run: _Run, status: TrainingRunStatus, *, problem: State | None, waiting: State | None, job_exists: bool
+    run: Run, status: TrainingRunStatus, *, problem: State | None, waiting: State | None, job_exists: bool
 ) -> TrainingRunStatus:
     """The status as it follows from what is there."""
     conditions: dict[ConditionType, State] = {}
@@ -943,9 +553,9 @@ def _described(
         conditions[ConditionType.ACCEPTED] = problem
     elif run.wants_pods or run.job is not None:
         conditions[ConditionType.ACCEPTED] = State(status=True, reason=Reason.ACCEPTED)
-    conditions[ConditionType.SUSPENDED] = _suspended_state(run, job_exists=job_exists)
-    conditions[ConditionType.SCHEDULED] = _scheduled_state(run)
-    conditions[ConditionType.RUNNING] = _running_state(run)
+    conditions[ConditionType.SUSPENDED] = run_states.suspended(run, job_exists=job_exists)
+    conditions[ConditionType.SCHEDULED] = run_states.scheduled(run)
+    conditions[ConditionType.RUNNING] = run_states.running(run)
     heartbeat = float(run.spec.watchdog.heartbeat_seconds)
     if run.observed.platform.progress_url is not None:
         conditions[ConditionType.PROGRESSING] = states.progressing(
@@ -983,56 +593,12 @@ def _described(
     return _finished(run, status, conditions, has_job=job_exists)
 
 
-def _suspended_state(run: _Run, *, job_exists: bool) -> State:
-    if run.spec.suspend:
-        ending = sum(pod.is_live for pod in run.observed.pods)
-        message = f"{ending} pods are still saving" if ending else ""
-        return State(status=True, reason=Reason.SUSPENDED, message=message)
-    waits_for_queue = job_exists and (run.job is None or run.job.suspended)
-    if run.queue is not None and waits_for_queue:
-        return State(status=True, reason=Reason.QUEUED, message=f"the queue {run.queue} holds it back")
-    return State(status=False, reason=Reason.RESUMED)
-
-
-def _scheduled_state(run: _Run) -> State:
-    if run.job is None:
-        return State(status=False, reason=Reason.NO_PODS)
-    if run.job.suspended:
-        reason = Reason.WAITING_FOR_QUOTA if run.queue is not None else Reason.NO_PODS
-        return State(status=False, reason=reason)
-    placed = sum(pod.scheduled for pod in run.pods)
-    if placed >= run.job.completions:
-        return State(status=True, reason=Reason.ALL_PODS_SCHEDULED)
-    refused = next((pod for pod in run.pods if pod.unschedulable), None)
-    if refused is not None:
-        message = f"{placed} of {run.job.completions} pods have a node; {refused.name}: {refused.unschedulable}"
-        return State(status=False, reason=Reason.UNSCHEDULABLE, message=message)
-    return State(
-        status=False, reason=Reason.WAITING_FOR_PODS, message=f"{placed} of {run.job.completions} pods have a node"
-    )
-
-
-def _running_state(run: _Run) -> State:
-    if run.job is None or run.job.suspended:
-        return State(status=False, reason=Reason.NO_PODS)
-    if run.all_running:
-        return State(status=True, reason=Reason.ALL_PODS_RUNNING)
-    for reasons, reason in ((_PULLING, Reason.PULLING_IMAGES), (_CONFIG_ERRORS, Reason.CONTAINER_CONFIG_ERROR)):
-        pod = next((pod for pod in run.pods if pod.waiting_reason in (*reasons, _BROKEN_IMAGE)), None)
-        if pod is not None and (pod.waiting_reason in reasons or reason is Reason.PULLING_IMAGES):
-            message = f"pod {pod.name}: {pod.waiting_reason}: {pod.waiting_message}"
-            return State(status=False, reason=reason, message=message)
-    return State(status=False, reason=Reason.POD_NOT_READY)
-
-
 # ------------------------------------------------------------------------------------------------------ after the end
 
 
-def _after_the_end(run: _Run) -> Plan:
+def _after_the_end(run: Run) -> Plan:
     """Nothing runs any more; what is kept is kept for its time."""
-    actions: list[Action] = []
-    events: list[Event] = []
-    _remove_stuck_pods(run, actions, events)
+    actions, events = _remove_stuck_pods(run)
     cleanup = run.spec.cleanup
     for job in run.observed.jobs:
         ended = any(job.condition(kind) for kind in ("Complete", "SuccessCriteriaMet", "FailureTarget", "Failed"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from opensora_operator.api import Condition, JobPhase
 from opensora_operator.plans import Action, Delete, Event, FailPod
@@ -58,11 +58,9 @@ def scheduled_state(pods: Sequence[PodView]) -> State:
 def running_state(pods: Sequence[PodView]) -> State:
     """Whether the container of every live pod runs."""
     live = [pod for pod in pods if pod.is_live]
-    for reasons, reason in ((_PULLING, Reason.PULLING_IMAGES), (_CONFIG_ERRORS, Reason.CONTAINER_CONFIG_ERROR)):
-        pod = next((pod for pod in live if pod.waiting_reason in reasons), None)
-        if pod is not None:
-            message = f"pod {pod.name}: {pod.waiting_reason}: {pod.waiting_message}"
-            return State(status=False, reason=reason, message=message)
+    obstacle = obstacle_to_start(live)
+    if obstacle is not None:
+        return obstacle
     if not live:
         return State(status=False, reason=Reason.NO_PODS)
     if all(pod.ready for pod in live):
@@ -70,21 +68,42 @@ def running_state(pods: Sequence[PodView]) -> State:
     return State(status=False, reason=Reason.POD_NOT_READY)
 
 
+def obstacle_to_start(pods: Sequence[PodView]) -> State | None:
+    """What keeps a container from being started: its image, or what its pod refers to."""
+    for reasons, reason in ((_PULLING, Reason.PULLING_IMAGES), (_CONFIG_ERRORS, Reason.CONTAINER_CONFIG_ERROR)):
+        pod = next((pod for pod in pods if pod.waiting_reason in reasons), None)
+        if pod is not None:
+            message = f"pod {pod.name}: {pod.waiting_reason}: {pod.waiting_message}"
+            return State(status=False, reason=reason, message=message)
+    return None
+
+
 def remove_stuck_pods(
-    pods: Sequence[PodView], *, dead_nodes: Collection[str], now: float
+    pods: Sequence[PodView],
+    *,
+    dead_nodes: Collection[str],
+    now: float,
+    patience: int = STUCK_POD_SECONDS,
+    is_needed: Callable[[PodView], bool] = lambda pod: False,
 ) -> tuple[list[Action], list[Event]]:
-    """Pods that are deleted, on nodes that do not answer, end only if somebody says so for them."""
+    """Pods that are deleted, on nodes that do not answer, end only if somebody says so for them.
+
+    Their processes may live on: the attempt's number keeps them from committing anything. A pod that is needed is
+    ended, and kept.
+    """
     actions: list[Action] = []
     events: list[Event] = []
     for pod in pods:
-        if pod.deleting_since is None or not pod.is_live or pod.node not in dead_nodes:
+        if pod.deleting_since is None or now - pod.deleting_since < patience:
             continue
-        if now - pod.deleting_since < STUCK_POD_SECONDS:
-            continue
-        message = f"node {pod.node} does not answer, and the pod was deleted {STUCK_POD_SECONDS} s ago"
-        actions.append(FailPod(name=pod.name, uid=pod.uid, message=message))
-        actions.append(Delete(kind="Pod", name=pod.name, uid=pod.uid, grace_seconds=0))
-        events.append(Event(reason=Reason.POD_FORCED, message=f"pod {pod.name}: {message}", warning=True))
+        if not pod.is_live:
+            if not is_needed(pod):
+                actions.append(Delete(kind="Pod", name=pod.name, uid=pod.uid, grace_seconds=0))
+        elif pod.node in dead_nodes:
+            message = f"node {pod.node} does not answer, and the pod was deleted {patience} s ago"
+            actions.append(FailPod(name=pod.name, uid=pod.uid, message=message))
+            event = f"pod {pod.name} is removed by force: {message}"
+            events.append(Event(reason=Reason.POD_FORCED, message=event, warning=True))
     return actions, events
 
 

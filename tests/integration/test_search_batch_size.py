@@ -62,14 +62,12 @@ def command(config: Path, output: Path, *flags: str) -> list[str]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder in which all processes of these tests find what one of them has compiled."""
-    folder = tmp_path_factory.mktemp("scratch")
+def bytecode() -> Iterator[None]:
+    """All processes of these tests find what one of them has compiled."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
-        patch.setenv("PYTHONPYCACHEPREFIX", str(folder / "bytecode"))
         patch.setenv("OMP_NUM_THREADS", "1")
-        yield folder
+        yield
 
 
 def environment(folder: Path) -> dict[str, str]:
