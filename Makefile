@@ -9,6 +9,8 @@ MAKEFLAGS += --no-builtin-rules
 
 PYTHON ?= python3
 ARGS ?=
+# Test processes at a time; each starts processes of its own.
+JOBS ?= 2
 # Folders of wheels to prefer over the registry's, for instance a CPU build of torch, which is a tenth the size.
 WHEELS ?= $(wildcard ../*/wheels)
 
@@ -28,10 +30,12 @@ unexport PYTHONDONTWRITEBYTECODE
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
+pytest = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+
 # Kubernetes is built from its sources on first use, beside the first tests.
 define run_all_tests
 	nice $(BIN)/python tests/cluster/build.py & trap "kill $$! 2>/dev/null || true" EXIT; \
-		OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/integration tests/control_plane tests/cluster
+		$(pytest) tests/unit tests/integration tests/cluster tests/control_plane
 endef
 
 .PHONY: test
@@ -44,7 +48,7 @@ test-full: lint  ## The same with the long drills on the cluster: before a relea
 
 .PHONY: check
 check: lint  ## Lint, then the unit tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit $(ARGS)
+	$(pytest) tests/unit $(ARGS)
 
 .PHONY: lint
 lint: .venv/.installed  ## Formatting, ruff, mypy --strict and the direction of imports

@@ -9,6 +9,15 @@ import pytest
 
 from opensora.quickstart.object_store import ObjectStore
 
+_FOLDERS_OF_ONE_PROCESS = ("cluster", "control_plane")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of several test processes, one takes a whole file, or all files that share a cluster."""
+    for item in items:
+        folder = item.path.parent.name
+        item.add_marker(pytest.mark.xdist_group(folder if folder in _FOLDERS_OF_ONE_PROCESS else item.path.stem))
+
 
 @pytest.fixture(scope="session")
 def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:

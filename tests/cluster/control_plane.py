@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -25,6 +26,8 @@ _START_SECONDS = 120.0
 """Three seconds on an idle machine; a busy one with two cores may need many more."""
 _START_TRIES = 3
 _CLIENTS = ("kube-controller-manager", "kube-scheduler")
+_WARM_UP_SECONDS = 10.0
+"""So long after its start an API server may not have read all roles."""
 _AUDIT_POLICY = {
     "apiVersion": "audit.k8s.io/v1",
     "kind": "Policy",
@@ -88,6 +91,7 @@ class ControlPlane:
         self._controller_flags = tuple(controller_flags)
         self._identities: dict[str, Identity] = {}
         self._processes: dict[str, Process] = {}
+        self._restarts: list[float] = []
         self._ssl: ssl.SSLContext | None = None
         for name in identities:
             self.add_identity(name)
@@ -250,6 +254,18 @@ class ControlPlane:
                 if user is None or event["user"]["username"] == user:
                     yield event
 
+    def denials(self, since: int = 0, *, identity: str) -> list[str]:
+        """What an identity asked for and may not have.
+
+        An API server that has only begun may not know yet who may do what; what that one denied does not count.
+        """
+        return [
+            f"{event['verb']} {event['requestURI']}"
+            for event in self.audit_events(since, identity=identity)
+            if event["responseStatus"]["code"] in (401, 403)
+            and not any(start <= _time_of(event) <= start + _WARM_UP_SECONDS for start in self._restarts)
+        ]
+
     # Faults
 
     def stop_apiserver(self, *, kill: bool = False) -> None:
@@ -263,6 +279,7 @@ class ControlPlane:
         Those that give pods to Jobs and nodes to pods start anew: they would try again only after up to 90 seconds.
         """
         process = self._processes["kube-apiserver"]
+        self._restarts.append(time.time())
         process.start()
         process.wait_until(self._answers, _START_SECONDS)
         clients = [self._processes[name] for name in _CLIENTS if name in self._processes]
@@ -442,3 +459,7 @@ def _message(text: bytes) -> str:
     with contextlib.suppress(ValueError, KeyError):
         return str(json.loads(text)["message"])
     return text.decode(errors="replace")
+
+
+def _time_of(event: dict[str, Any]) -> float:
+    return datetime.fromisoformat(event["requestReceivedTimestamp"]).timestamp()

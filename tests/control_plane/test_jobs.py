@@ -5,30 +5,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 from control_plane import ControlPlane
+from job_stage import SAMPLE, SEARCH, JobStage, report, verdict
 from operator_process import OperatorProcess, grant
-from stage import API, Kubelets, Object, Stage, now, playing_kubelets, set_status
+from stage import Kubelets, Stage, playing_kubelets
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
-
-CONFIG = "data: {bucket_config: {144p: {1: [1.0, 1], 17: [1.0, 1]}}}\ntrain: {steps: 10}\n"
-SAMPLE: Object = {
-    "checkpoint": {"uri": "s3://bucket/demo"},
-    "image": "example.com/opensora:1",
-    "prompts": {"inline": [f"cat {number}" for number in range(6)]},
-    "promptsPerShard": 2,
-    "workers": 2,
-    "outputUri": "s3://bucket/clips",
-}
-SEARCH: Object = {
-    "image": "example.com/opensora:1",
-    "config": {"inline": CONFIG},
-    "memoryBudget": "1Gi",
-    "parallelTrials": 1,
-}
 
 
 @pytest.fixture(scope="module")
@@ -48,42 +32,6 @@ def operator(control_plane: ControlPlane, tmp_path_factory: pytest.TempPathFacto
     assert "this is a bug" not in operator.log.read_text()
 
 
-class JobStage(Stage):
-    """One SampleJob or BatchSearch in a namespace of its own."""
-
-    def __init__(self, stage: Stage, kind: str, plural: str, spec: Object) -> None:
-        super().__init__(stage.control_plane, stage.kubelets, stage.namespace, name="demo")
-        self.kind, self.plural, self.spec = kind, plural, spec
-
-    def create(self, **spec: Any) -> Stage:
-        body = {"apiVersion": "opensora.dev/v1alpha1", "kind": self.kind, "metadata": {"name": self.name}}
-        path = f"{API}/namespaces/{self.namespace}/{self.plural}"
-        given = {key: value for key, value in {**self.spec, **spec}.items() if value is not None}
-        self.request("POST", path, {**body, "spec": given})
-        return self
-
-    @property
-    def _path(self) -> str:
-        return f"{API}/namespaces/{self.namespace}/{self.plural}/{self.name}"
-
-    def running_pod(self, index: int = 0) -> Object:
-        """A pod that runs, of an index."""
-
-        def find() -> Object | None:
-            for pod in self.pods():
-                number = pod["metadata"]["annotations"]["batch.kubernetes.io/job-completion-index"]
-                if number == str(index) and pod.get("status", {}).get("phase") == "Running":
-                    return pod
-            return None
-
-        pod: Object = self.until(find, what=f"a running pod of index {index}")
-        return pod
-
-    def end_pod(self, pod: Object, code: int, message: str, *, reason: str = "Error") -> None:
-        terminated = {"exitCode": code, "finishedAt": now(), "startedAt": now(), "reason": reason, "message": message}
-        set_status(self.control_plane, pod, "Failed" if code else "Succeeded", {"terminated": terminated})
-
-
 @pytest.fixture
 def sample(control_plane: ControlPlane, kubelets: Kubelets, operator: OperatorProcess, namespace: str) -> JobStage:
     return JobStage(Stage(control_plane, kubelets, namespace), "SampleJob", "samplejobs", SAMPLE)
@@ -92,17 +40,6 @@ def sample(control_plane: ControlPlane, kubelets: Kubelets, operator: OperatorPr
 @pytest.fixture
 def search(control_plane: ControlPlane, kubelets: Kubelets, operator: OperatorProcess, namespace: str) -> JobStage:
     return JobStage(Stage(control_plane, kubelets, namespace), "BatchSearch", "batchsearches", SEARCH)
-
-
-def verdict(code: int, message: str) -> str:
-    return json.dumps({"code": code, "message": message})
-
-
-def report(bucket: str, **values: Any) -> str:
-    """What a probe says."""
-    known = {"bucket": bucket, "known": "1:5:0.1", "trying": None, "batch_size": None, "peak_bytes": None}
-    rest = {"seconds_per_step": None, "empty_bytes": 7, "facts": {"accelerator": "cpu"}, "reason": "", "code": 0}
-    return json.dumps({**known, **rest, **values})
 
 
 # --------------------------------------------------------------------------------------------------------- SampleJob
@@ -193,9 +130,7 @@ def test_a_search_probes_bucket_by_bucket_and_leaves_a_table(search: JobStage) -
     search.create().until_phase("Running")
     assert list(search.jobs()) == ["demo-p1"]
     for number, bucket in enumerate(("144p/1", "144p/17"), start=1):
-        pod = search.until(lambda number=number: search.pods(number), what=f"probe {number}")[0]
-        search.until(lambda: search.running_pod(), what="it runs")
-        pod = search.pods(number)[0]
+        pod = search.until(lambda number=number: search.running_probe(number), what=f"probe {number}")
         found = {"known": "1:5:0.1 8:40:0.8", "batch_size": 8, "peak_bytes": 40, "seconds_per_step": 0.8}
         search.end_pod(pod, 0, report(bucket, **found))
     search.until_phase("Succeeded")
@@ -227,9 +162,8 @@ def test_a_probe_killed_for_memory_is_followed_by_one_that_knows_it(search: JobS
 def test_a_bucket_that_keeps_failing_ends_the_search_with_its_words(search: JobStage) -> None:
     search.create(buckets=[{"resolution": "144p", "frames": 17}], retriesPerBucket=1).until_phase("Running")
     for number in (1, 2):
-        search.until(lambda number=number: search.pods(number), what=f"probe {number}")
-        search.until(search.running_pod, what="it runs")
-        search.end_pod(search.pods(number)[0], 1, report("144p/17", reason="no space left", code=1))
+        pod = search.until(lambda number=number: search.running_probe(number), what=f"probe {number}")
+        search.end_pod(pod, 1, report("144p/17", reason="no space left", code=1))
     search.until_phase("Failed")
     assert search.condition("Failed")["reason"] == "BucketsFailed"
     assert "no space left" in search.condition("Failed")["message"]

@@ -71,7 +71,7 @@ def test_reports_arrive_and_change_nothing(
 ) -> None:
     more = [
         f"validation.path={catalogue}", "validation.every_steps=6", "validation.max_batches=2",
-        "samples.every_steps=6", "samples.prompts=[a clip]", "samples.num_sampling_steps=2",
+        "samples.every_steps=6", "samples.prompts=[a clip]", "samples.num_sampling_steps=150",
     ]  # fmt: skip
     said_at_the_end(start(run.command(2, *more)), code=0)
     assert_equal_within(run, one_rank, 1e-9)
