@@ -32,19 +32,11 @@ help:  ## Show this list
 
 pytest = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 
-# Kubernetes is built from its sources on first use, beside the first tests.
-define run_all_tests
-	nice $(BIN)/python tests/cluster/build.py & trap "kill $$! 2>/dev/null || true" EXIT; \
-		$(pytest) tests/unit tests/integration tests/cluster tests/control_plane
-endef
-
 .PHONY: test
 test: lint  ## Lint, then all tests: unit, integration, on a real API server, on a real cluster
-	$(run_all_tests) -m "not full" $(ARGS)
-
-.PHONY: test-full
-test-full: lint  ## The same with the long drills on the cluster: before a release
-	$(run_all_tests) $(ARGS)
+	@# Kubernetes is built from its sources on first use, beside the first tests.
+	nice $(BIN)/python tests/cluster/build.py & trap "kill $$! 2>/dev/null || true" EXIT; \
+		$(pytest) tests/unit tests/integration tests/cluster tests/control_plane $(ARGS)
 
 .PHONY: check
 check: lint  ## Lint, then the unit tests

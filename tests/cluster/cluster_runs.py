@@ -13,6 +13,7 @@ import yaml
 from installation import BUCKET, CATALOGUE, NAMESPACE, Installation, Object, said, until
 from training_runs import CONFIG
 
+from opensora.checkpoint.manifest import scan_checkpoints
 from opensora.errors import ObjectNotFoundError
 from opensora.quickstart.training import read_progress
 from opensora.storage import Storage
@@ -163,6 +164,10 @@ class ClusterRun(Watched):
         for attempt, step, _ in self._written():
             found.setdefault(attempt, []).append(step)
         return found
+
+    def saved_step(self, *, attempt: int) -> int:
+        """The step of the newest complete checkpoint of an attempt."""
+        return max(info.step for info in scan_checkpoints(self.storage).complete if info.attempt == attempt)
 
     def _written(self) -> list[tuple[int, int, float]]:
         """(attempt, step, loss) as the run directory has them."""

@@ -263,7 +263,7 @@ class ControlPlane:
             f"{event['verb']} {event['requestURI']}"
             for event in self.audit_events(since, identity=identity)
             if event["responseStatus"]["code"] in (401, 403)
-            and not any(start <= _time_of(event) <= start + _WARM_UP_SECONDS for start in self._restarts)
+            and not any(start <= time_of(event) <= start + _WARM_UP_SECONDS for start in self._restarts)
         ]
 
     # Faults
@@ -461,5 +461,6 @@ def _message(text: bytes) -> str:
     return text.decode(errors="replace")
 
 
-def _time_of(event: dict[str, Any]) -> float:
+def time_of(event: dict[str, Any]) -> float:
+    """When the API server got the request of an audit event; Unix seconds."""
     return datetime.fromisoformat(event["requestReceivedTimestamp"]).timestamp()

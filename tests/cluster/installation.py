@@ -43,6 +43,8 @@ class Installation:
         self._exits = contextlib.ExitStack()
         self.cluster = Cluster(folder / "cluster")
         self._values: Object = {}
+        self.absences: list[list[float]] = []
+        """When the operator was being removed, and when it was back: it has no rights meanwhile."""
 
     def __enter__(self) -> Self:
         with self._exits:
@@ -89,6 +91,8 @@ class Installation:
         self._values = {"profiles": {"small": self._profile()}}
         wait = ("--create-namespace", "--wait", f"--timeout={_UP_SECONDS}s")
         self.helm("install", _RELEASE, str(_CHART), *wait, values=self._values)
+        for absence in self.absences[-1:]:
+            absence.append(time.time())
 
     def upgrade(self, **changes: Any) -> None:
         """Another version of the release; the operator's pod is replaced when that changes it."""
@@ -97,6 +101,7 @@ class Installation:
 
     def uninstall(self) -> None:
         """Remove the release, and wait until the operator's pods are gone."""
+        self.absences.append([time.time()])
         self.helm("uninstall", _RELEASE, "--wait", f"--timeout={_UP_SECONDS}s")
         until(lambda: not self.operator_pods(), seconds=_UP_SECONDS, what="no operator")
 

@@ -72,7 +72,6 @@ def status(cluster: Cluster) -> Any:
     return json.loads(cluster.control_plane.kubectl("get", "trainingrun", "first", "-o", "json"))["status"]
 
 
-@pytest.mark.full
 def test_the_commands_of_the_page_work_in_order(cluster: Cluster) -> None:
     output: dict[str, str] = {}
     markers = []

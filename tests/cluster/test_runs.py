@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 from cluster_runs import SAVE_EVERY, STEPS, ClusterRun, Watched, small_config
-from control_plane import ApiError
+from control_plane import ApiError, time_of
 from installation import BUCKET, NAMESPACE, Installation, Object, until
 from kueue import Kueue
 
@@ -89,7 +89,6 @@ def test_a_run_tells_how_far_it_is(truth: Truth) -> None:
     )  # fmt: skip
 
 
-@pytest.mark.full
 def test_crashes_hangs_and_lack_of_memory_change_no_loss(
     installation: Installation, new_run: NewRun, truth: Truth
 ) -> None:
@@ -127,7 +126,6 @@ def test_crashes_hangs_and_lack_of_memory_change_no_loss(
     assert status["attempts"][3]["firstStep"] >= 3 * SAVE_EVERY
 
 
-@pytest.mark.full
 def test_a_pod_that_is_deleted_or_evicted_saves_first(
     installation: Installation, new_run: NewRun, truth: Truth
 ) -> None:
@@ -139,9 +137,11 @@ def test_a_pod_that_is_deleted_or_evicted_saves_first(
     installation.control_plane.kubectl("delete", "pod", f"--namespace={NAMESPACE}", pod, "--wait=false")
     deleted = run.until_attempt_ended(1)
     assert deleted["cause"] in ("Stopped", "Disrupted")  # nothing may be left of the pod when the operator is back
-    assert deleted["lastStep"] >= SAVE_EVERY + 1
+    # Where it stopped, the pod has told nobody who could still say so; the checkpoint is there all the same.
+    first_end = run.saved_step(attempt=1)
+    assert first_end >= max(SAVE_EVERY + 1, deleted["lastStep"])
 
-    run.until_step(deleted["lastStep"] + 2, attempt=2)
+    run.until_step(first_end + 2, attempt=2)
     pod = run.pod(0, attempt=2)["metadata"]["name"]
     eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": pod}}
     installation.control_plane.request("POST", f"/api/v1/namespaces/{NAMESPACE}/pods/{pod}/eviction", eviction)
@@ -152,11 +152,10 @@ def test_a_pod_that_is_deleted_or_evicted_saves_first(
     assert (status["attempt"], status["restarts"], status["disruptions"]) == (3, 0, 2)
     assert status["attempts"][2]["firstStep"] == evicted["lastStep"]
     # Each attempt goes on where the one before it was stopped: no step is done twice.
-    borders = [0, deleted["lastStep"], evicted["lastStep"], STEPS]
+    borders = [0, first_end, evicted["lastStep"], STEPS]
     assert run.steps() == {number: list(range(borders[number - 1] + 1, borders[number] + 1)) for number in (1, 2, 3)}
 
 
-@pytest.mark.full
 def test_a_run_outlives_its_node(installation: Installation, new_run: NewRun, truth: Truth) -> None:
     run = new_run("node-loss").create(terminationGracePeriodSeconds=15)
     run.until_step(SAVE_EVERY + 1, attempt=1)
@@ -176,7 +175,6 @@ def test_a_run_outlives_its_node(installation: Installation, new_run: NewRun, tr
     assert status["attempts"][1]["firstStep"] >= SAVE_EVERY
 
 
-@pytest.mark.full
 def test_ranks_that_were_given_up_commit_nothing(installation: Installation, new_run: NewRun, truth: Truth) -> None:
     cut_off = other_node(installation)
     here = {"key": "kubernetes.io/hostname", "operator": "In", "values": [cut_off]}
@@ -216,7 +214,6 @@ def committed_by(run: ClusterRun, *, attempt: int) -> set[str]:
     return {path for path in paths if path.endswith(f"/attempt-{attempt}/manifest.json")}
 
 
-@pytest.mark.full
 def test_the_operator_may_go_and_the_store_may_fail(installation: Installation, new_run: NewRun, truth: Truth) -> None:
     run = new_run("surroundings").create()
     run.until_step(2, attempt=1)
@@ -243,7 +240,6 @@ def test_the_operator_may_go_and_the_store_may_fail(installation: Installation, 
     assert len(run.pods()) == 2
 
 
-@pytest.mark.full
 def test_a_suspended_run_goes_on_in_any_size(installation: Installation, new_run: NewRun, truth: Truth) -> None:
     run = new_run("elastic").create()
     first = SAVE_EVERY + 1
@@ -288,7 +284,6 @@ def test_what_cannot_work_is_not_tried_again(installation: Installation, new_run
     until(lambda: not any(is_live(pod) for pod in no_image.pods()), seconds=60, what="no pods")
 
 
-@pytest.mark.full
 def test_a_queue_lets_runs_wait_and_takes_places_away(
     installation: Installation, new_run: NewRun, truth: Truth
 ) -> None:
@@ -375,10 +370,14 @@ def test_a_batch_search_finds_what_fits(installation: Installation, watched: lis
     assert "144p" in json.dumps(table)
 
 
-@pytest.mark.full
 def test_the_operator_asked_for_nothing_that_it_may_not(installation: Installation, truth: Truth) -> None:
     user = "system:serviceaccount:opensora-system:opensora-operator"
     mine = [event for event in installation.control_plane.audit_events() if event["user"]["username"] == user]
     assert len(mine) > 100
-    refused = [event for event in mine if event.get("responseStatus", {}).get("code") in (401, 403)]
-    assert not refused, json.dumps(refused[:5], indent=1)
+    refused = [
+        f"{event['verb']} {event['requestURI']}"
+        for event in mine
+        if event.get("responseStatus", {}).get("code") in (401, 403)
+        and not any(begin <= time_of(event) <= end for begin, end in installation.absences)
+    ]
+    assert refused == []

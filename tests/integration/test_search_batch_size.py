@@ -123,7 +123,6 @@ def test_the_batch_that_was_found_fits_and_half_as_much_more_does_not(
     assert too_much > BUDGET_MIB * 2**20
 
 
-@pytest.mark.full
 def test_sizes_that_the_kernel_kills_are_bracketed(config: Path, medium_cgroup: Path, tmp_path: Path) -> None:
     """The budget never ends this search: the limit of the cgroup does."""
     line = command(config, tmp_path / "t.json", "--memory-budget", "64GiB", "--bucket", "144p/34", "--max-batch", "16")
