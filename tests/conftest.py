@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from uuid import uuid4
 
@@ -17,6 +19,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         folder = item.path.parent.name
         item.add_marker(pytest.mark.xdist_group(folder if folder in _FOLDERS_OF_ONE_PROCESS else item.path.stem))
+
+
+@pytest.fixture(autouse=True)
+def priority_stays_as_it_is() -> Iterator[None]:
+    """A test process with real-time priority would pass it on to every server it starts, and starve the machine."""
+    yield
+    if sys.platform == "linux":
+        assert os.sched_getscheduler(0) == os.SCHED_OTHER
 
 
 @pytest.fixture(scope="session")
