@@ -30,6 +30,7 @@ from opensora_operator.plans import (
     Plan,
     SetSuspend,
 )
+from opensora_operator.profiles import default_profile
 from opensora_operator.progress import ProgressBook
 from opensora_operator.queue import Queue, Turn
 from opensora_operator.resources import Platform
@@ -304,11 +305,7 @@ class Controller:
                 self._store.put(kind, item)
 
     def _stored_default(self, namespace: str) -> Object | None:
-        for kind, place in zip(PROFILES, (namespace, ""), strict=True):
-            found = [profile for profile in self._store.objects(kind) if _is_default(profile, namespace=place)]
-            if found:
-                return min(found, key=lambda profile: str(profile["metadata"]["name"]))
-        return None
+        return default_profile((found for kind in PROFILES for found in self._store.objects(kind)), namespace)
 
     async def _child(self, namespace: str, place: tuple[str, str], memory: _Memory) -> Child | None:
         found = memory.children.get(place)
@@ -507,10 +504,6 @@ def _difference(old: Object, new: Object) -> Object:
         elif name not in old or before != value:
             patch[name] = value
     return patch
-
-
-def _is_default(profile: Object, *, namespace: str) -> bool:
-    return profile["metadata"].get("namespace", "") == namespace and bool((profile.get("spec") or {}).get("default"))
 
 
 def _is_ready(node: Object) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from opensora_operator.api import ProfileRef, TrainingProfileSpec
-from opensora_operator.plans import Key
+from opensora_operator.plans import Key, Object
 from opensora_operator.pod_template import PodTemplate
 from opensora_operator.resources import parse_quantity
 
@@ -11,6 +13,17 @@ from opensora_operator.resources import parse_quantity
 def profile_key(ref: ProfileRef | None, namespace: str) -> Key | None:
     """Where a profile is; None where none is named."""
     return None if ref is None else Key(ref.kind, namespace if ref.kind == "TrainingProfile" else "", ref.name)
+
+
+def default_profile(profiles: Iterable[Object], namespace: str) -> Object | None:
+    """The profile for objects that name none: of the namespace, or else of the cluster; the first by name."""
+    found = [
+        (not place, profile["metadata"]["name"], profile)
+        for profile in profiles
+        if (place := profile["metadata"].get("namespace", "")) in (namespace, "")
+        and (profile.get("spec") or {}).get("default")
+    ]
+    return min(found, key=lambda entry: entry[:2])[2] if found else None
 
 
 def procs_per_node(given: int | str, profile: TrainingProfileSpec, template: PodTemplate) -> int:

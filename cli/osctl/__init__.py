@@ -1,0 +1,1 @@
+"""The command line `osctl`: submits runs, tells how they are, and changes them."""

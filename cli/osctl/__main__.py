@@ -1,0 +1,7 @@
+"""`python -m osctl`."""
+
+import sys
+
+from osctl.main import main
+
+sys.exit(main())

@@ -1,0 +1,71 @@
+"""Everything that can be told of a manifest without a cluster: schema, rules, world size, and the config itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from opensora_operator.kinds import KINDS
+from opensora_operator.reasons import Reason
+from opensora_operator.resources import CONFIG_KEY
+
+from osctl.client import Object
+from osctl.forecast import Files, Forecast, forecast
+from osctl.validation import Problem, schema_of, validate, with_defaults
+
+_IMAGE = "example.com/opensora:latest"
+"""Stands in where only the cluster's profile knows the image; it shows nowhere."""
+_NEEDS_CLUSTER = (Reason.CONFIG_MISSING, Reason.PROFILE_NOT_FOUND, Reason.RUN_NOT_FOUND)
+_TRAIN = "opensora.train"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is wrong with an object, and what could not be told."""
+
+    problems: tuple[Problem, ...]
+    unknown: tuple[str, ...]
+
+
+def check(body: Object, *, others: Sequence[Object] = ()) -> Report:
+    """Check an object of our kinds.
+
+    Args:
+        body: as it stands in a file.
+        others: the objects beside it, which it may refer to.
+    """
+    problems = validate(body)
+    if problems or body["kind"] not in KINDS:
+        return Report(tuple(problems), ())
+    complete = {**body, "spec": with_defaults(body["spec"], schema_of(body["kind"])["properties"]["spec"])}
+    complete["spec"].setdefault("image", _IMAGE)
+    namespace = str(body["metadata"].get("namespace") or "default")
+    planned = forecast(complete, Files(others), namespace=namespace)
+    if planned.problem is not None:
+        if planned.reason is None:  # it waits for something, which is no mistake
+            return Report((), ())
+        if planned.reason in _NEEDS_CLUSTER:
+            return Report((), (f"{planned.problem} here; the rest cannot be checked without it",))
+        return Report((Problem("", planned.problem),), ())
+    if body["kind"] != "TrainingRun":
+        return Report((), ())
+    return _check_config(planned)
+
+
+def _check_config(planned: Forecast) -> Report:
+    """The config as the pods read it: the same text, with the operator's overrides."""
+    from opensora.config.load import parse_train_config  # slow to import
+    from opensora.errors import ConfigError
+
+    job = next(manifest for manifest in planned.objects if manifest["kind"] == "Job")
+    program, path, *overrides = job["spec"]["template"]["spec"]["containers"][0]["args"]
+    if program != _TRAIN:
+        return Report((), (f"the config of {program} is not checked",))
+    data = next(manifest for manifest in planned.objects if manifest["kind"] == "ConfigMap")["data"]
+    if CONFIG_KEY not in data:
+        return Report((), (f"the config {path} is in the image: it is not checked",))
+    try:
+        parse_train_config(data[CONFIG_KEY], source="spec.config", overrides=overrides)
+    except ConfigError as error:
+        return Report((Problem("spec.config", error.message),), ())
+    return Report((), ())

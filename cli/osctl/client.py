@@ -1,0 +1,406 @@
+"""One thin HTTPS client of the API server: requests, lists and watches of any kind, with errors that people understand.
+
+The official client takes half a second to import, which is more than most commands take as a whole.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+import ssl
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+from urllib.parse import quote, urlencode, urlsplit
+
+from osctl.errors import ApiError, ExitCode, OsctlError
+from osctl.kubeconfig import Access
+
+Object = dict[str, Any]
+TABLE = "application/json;as=Table;v=v1;g=meta.k8s.io,application/json"
+"""Asks for a list as the table that `kubectl get` shows."""
+MERGE_PATCH = "application/merge-patch+json"
+_JSON = "application/json"
+_PAGE = 500
+_TRIES = 4
+_PAUSE_SECONDS = 0.5
+_MAX_PAUSE_SECONDS = 10.0
+_RETRIED = (429, 500, 502, 503, 504)
+
+
+@dataclass(frozen=True)
+class Resource:
+    """A kind as the API server has it."""
+
+    api_version: str
+    plural: str
+    kind: str
+    namespaced: bool = True
+
+    def path(self, namespace: str | None = None, name: str | None = None) -> str:
+        """The path of one object, of a namespace's, or of all."""
+        root = "/api" if "/" not in self.api_version else "/apis"
+        parts = [f"{root}/{self.api_version}"]
+        if self.namespaced and namespace:
+            parts += ["namespaces", quote(namespace, safe="")]
+        parts.append(self.plural)
+        if name is not None:
+            parts.append(quote(name, safe=""))
+        return "/".join(parts)
+
+
+PODS = Resource("v1", "pods", "Pod")
+EVENTS = Resource("v1", "events", "Event")
+CONFIG_MAPS = Resource("v1", "configmaps", "ConfigMap")
+
+
+class Client:
+    """Requests to one API server over one connection; a context manager."""
+
+    def __init__(self, access: Access, *, timeout_seconds: float = 30.0) -> None:
+        self.access = access
+        self.num_requests = 0
+        self._timeout = timeout_seconds
+        self._address = urlsplit(access.server)
+        self._connection: http.client.HTTPConnection | None = None
+        self._ssl: ssl.SSLContext | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give up the connection; the next request opens another one."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    # Requests
+
+    def get(self, resource: Resource, namespace: str | None, name: str) -> Object:
+        """One object."""
+        return _object(self.request("GET", resource.path(namespace, name)))
+
+    def find(self, resource: Resource, namespace: str | None, name: str) -> Object | None:
+        """One object, or None."""
+        try:
+            return self.get(resource, namespace, name)
+        except ApiError as error:
+            if error.reason == "NotFound" and error.status == 404:
+                return None
+            raise
+
+    def list(
+        self, resource: Resource, namespace: str | None = None, *, labels: str = "", fields: str = ""
+    ) -> list[Object]:
+        """All objects, of a namespace or of all."""
+        query = {"labelSelector": labels, "fieldSelector": fields}
+        return [item for page in self.pages(resource.path(namespace), query) for item in page.get("items") or ()]
+
+    def pages(self, path: str, query: Mapping[str, str], *, accept: str = _JSON) -> Iterator[Object]:
+        """A list, page by page."""
+        given = {key: value for key, value in query.items() if value}
+        token = ""
+        while True:
+            page = self.request("GET", path, {**given, "limit": str(_PAGE), "continue": token}, accept=accept)
+            yield page
+            token = (page.get("metadata") or {}).get("continue") or ""
+            if not token:
+                return
+
+    def create(self, resource: Resource, namespace: str | None, body: Object, *, dry_run: bool = False) -> Object:
+        """Create an object; unknown fields are refused."""
+        query = {"fieldValidation": "Strict", **_dry(dry_run)}
+        return _object(self.request("POST", resource.path(namespace), query, body=body))
+
+    def patch(
+        self, resource: Resource, namespace: str | None, name: str, change: Object, *, dry_run: bool = False
+    ) -> Object:
+        """Merge a change into an object."""
+        query = {"fieldValidation": "Strict", **_dry(dry_run)}
+        path = resource.path(namespace, name)
+        return _object(self.request("PATCH", path, query, body=change, content_type=MERGE_PATCH))
+
+    def delete(
+        self, resource: Resource, namespace: str | None, name: str, *, uid: str, dry_run: bool = False
+    ) -> Object:
+        """Delete an object of this UID."""
+        body = {"preconditions": {"uid": uid}, "propagationPolicy": "Background"}
+        return _object(self.request("DELETE", resource.path(namespace, name), _dry(dry_run), body=body))
+
+    def watch(
+        self, resource: Resource, namespace: str, name: str, *, version: str, seconds: float
+    ) -> Iterator[tuple[str, Object]]:
+        """Changes of one object since a version: (`ADDED`, `MODIFIED` or `DELETED`, object). Ends when the time is over
+        or the API server ends it; raises ApiError with status 410 where the version is too old."""
+        query = {
+            "watch": "1",
+            "fieldSelector": f"metadata.name={name}",
+            "resourceVersion": version,
+            "timeoutSeconds": str(max(1, int(seconds))),
+        }
+        path = resource.path(namespace) + "?" + urlencode(query)
+        self.close()  # a watch has its connection for itself
+        answer = self._send("GET", path, None, {"Accept": _JSON})
+        try:
+            if answer.status != 200:
+                raise self._refusal(answer.status, answer.read(), "GET", path)
+            for line in answer:
+                event = json.loads(line)
+                if event["type"] == "ERROR":
+                    status = event["object"]
+                    raise ApiError(str(status.get("message")), status=int(status.get("code", 500)))
+                yield event["type"], event["object"]
+        except (OSError, http.client.HTTPException, ValueError):
+            return  # cut off: whoever watches looks again
+        finally:
+            self.close()
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str] | None = None,
+        *,
+        body: Any = None,
+        accept: str = _JSON,
+        content_type: str = _JSON,
+    ) -> Any:
+        """One request, again where the API server asks to wait or a kept connection has died.
+
+        Raises:
+            ApiError: it was refused.
+            OsctlError: the API server cannot be reached.
+        """
+        given = urlencode({key: value for key, value in (query or {}).items() if value})
+        target = f"{path}?{given}" if given else path
+        payload = None if body is None else json.dumps(body).encode()
+        headers = {"Accept": accept} | ({"Content-Type": content_type} if payload is not None else {})
+        for attempt in range(_TRIES):
+            answer = self._send(method, target, payload, headers)
+            try:
+                content = answer.read()
+            except (OSError, http.client.HTTPException) as error:
+                self.close()
+                raise self._unreachable(error) from error
+            if answer.status < 300:
+                return _decoded(content, path)
+            pause = _pause(answer, attempt)
+            is_safe = answer.status == 429 or (method == "GET" and answer.status in _RETRIED)
+            if not is_safe or attempt == _TRIES - 1 or pause is None:
+                raise self._refusal(answer.status, content, method, path)
+            time.sleep(pause)
+        raise AssertionError("unreachable")
+
+    # Connection
+
+    def _send(
+        self, method: str, target: str, payload: bytes | None, headers: Mapping[str, str]
+    ) -> http.client.HTTPResponse:
+        headers = {"User-Agent": "osctl", **headers}
+        if self.access.token:
+            headers["Authorization"] = f"Bearer {self.access.token}"
+        was_kept = self._connection is not None
+        self.num_requests += 1
+        try:
+            return self._exchange(method, target, payload, headers)
+        except (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError) as error:
+            self.close()
+            if not was_kept or method == "POST":
+                raise self._unreachable(error) from error
+        except (OSError, http.client.HTTPException) as error:
+            self.close()
+            raise self._unreachable(error) from error
+        try:  # a connection that was kept may have been closed meanwhile: once more over a new one
+            return self._exchange(method, target, payload, headers)
+        except (OSError, http.client.HTTPException) as error:
+            self.close()
+            raise self._unreachable(error) from error
+
+    def _exchange(
+        self, method: str, target: str, payload: bytes | None, headers: Mapping[str, str]
+    ) -> http.client.HTTPResponse:
+        if self._connection is None:
+            self._connection = self._connect()
+        self._connection.request(method, self._address.path + target, body=payload, headers=dict(headers))
+        return self._connection.getresponse()
+
+    def _connect(self) -> http.client.HTTPConnection:
+        host, port = self._address.hostname or "", self._address.port
+        is_tls = self._address.scheme == "https"
+        proxy = urlsplit(self._proxy(host) or "")
+        if proxy.hostname and proxy.scheme != "http":
+            raise OsctlError(f"the proxy {proxy.geturl()} is not one of http://", hint="use an HTTP proxy, or none")
+        endpoint = (proxy.hostname, proxy.port or 80) if proxy.hostname else (host, port or (443 if is_tls else 80))
+        connection: http.client.HTTPConnection
+        if is_tls:
+            connection = _TlsConnection(
+                endpoint, timeout=self._timeout, context=self._context(), server_name=self.access.server_name
+            )
+        else:
+            connection = http.client.HTTPConnection(*endpoint, timeout=self._timeout)
+        if proxy.hostname:
+            connection.set_tunnel(host, port or (443 if is_tls else 80))
+        return connection
+
+    def _proxy(self, host: str) -> str | None:
+        if self.access.proxy:
+            return self.access.proxy
+        exceptions = os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or ""
+        names = [part.strip().lstrip("*").lstrip(".") for part in exceptions.split(",") if part.strip()]
+        if "*" in exceptions.split(",") or any(host == name or host.endswith(f".{name}") for name in names if name):
+            return None
+        if host in ("localhost", "::1") or host.startswith("127."):
+            return None
+        return os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
+
+    def _context(self) -> ssl.SSLContext:
+        if self._ssl is not None:
+            return self._ssl
+        access = self.access
+        try:
+            context = ssl.create_default_context(cadata=access.authority)
+            if access.is_insecure:
+                context.check_hostname = False
+                context.verify_mode = ssl.CERT_NONE
+            if access.certificate and access.key:
+                _load_certificate(context, access.certificate, access.key)
+        except (ssl.SSLError, ValueError) as error:
+            raise OsctlError(
+                f"{access.source}: a certificate or key cannot be used: {error}", hint="make the kubeconfig anew"
+            ) from error
+        self._ssl = context
+        return context
+
+    # Errors
+
+    def _unreachable(self, error: Exception) -> OsctlError:
+        server, source = self.access.server, self.access.source
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return OsctlError(
+                f"{server} shows a certificate that is not to be trusted: {error.verify_message}",
+                hint=f"the authority in {source} is not that of this server: make the kubeconfig anew",
+            )
+        if isinstance(error, ssl.SSLError) and "ALERT" in str(error).upper():
+            return OsctlError(
+                f"{server} does not take the client certificate: {error.reason or error}",
+                hint="it may have expired: log in again, or make the kubeconfig anew",
+                exit_code=ExitCode.NOT_ALLOWED,
+            )
+        if isinstance(error, TimeoutError | socket.timeout):
+            return OsctlError(
+                f"{server} did not answer within {self._timeout:g} s",
+                hint="check the network or VPN; --timeout waits longer",
+            )
+        if isinstance(error, socket.gaierror):
+            return OsctlError(
+                f"{server}: there is no host of that name", hint=f"check the network, or the address in {source}"
+            )
+        return OsctlError(
+            f"{server} cannot be reached: {getattr(error, 'strerror', None) or error}",
+            hint=f"check that the cluster runs, and the address in {source}",
+        )
+
+    def _refusal(self, status: int, content: bytes, method: str, path: str) -> ApiError:
+        answer = _status_of(content)
+        message = str(answer.get("message") or content.decode(errors="replace").strip()[:300] or f"HTTP {status}")
+        reason = str(answer.get("reason") or "")
+        source = self.access.source
+        hint: str | None = None
+        code = ExitCode.ERROR
+        if status == 401:
+            message, code = f"{self.access.server} does not know you: {message}", ExitCode.NOT_ALLOWED
+            hint = f"the login in {source} is wrong or has expired: log in again"
+        elif status == 403:
+            code, hint = ExitCode.NOT_ALLOWED, "ask whoever runs the cluster for this right"
+        elif status == 404 and not answer.get("details", {}).get("name"):
+            code, hint = ExitCode.NOT_FOUND, "is the operator installed? `kubectl get crd | grep opensora.dev`"
+            message = f"the cluster does not know {path.split('?')[0]}"
+            reason = "UnknownKind"
+        elif status == 404:
+            code, hint = ExitCode.NOT_FOUND, "`osctl get` lists what there is; -n names another namespace"
+        elif status == 409:
+            code = ExitCode.CONFLICT
+            hint = "choose another name, or delete the other one" if reason == "AlreadyExists" else "try again"
+        elif status == 422:
+            causes = [
+                f"{cause.get('field')}: {cause.get('message')}"
+                for cause in (answer.get("details") or {}).get("causes") or ()
+            ]
+            message = "; ".join(causes) or message
+            is_change = method == "PATCH"
+            code = ExitCode.CONFLICT if is_change else ExitCode.USAGE
+            hint = None if is_change else "`osctl explain FIELD` tells what a field takes"
+        elif status == 400:
+            code = ExitCode.USAGE
+        elif status in _RETRIED:
+            hint = "the API server is busy or broken; try again later"
+        return ApiError(message, status=status, reason=reason, hint=hint, exit_code=code)
+
+
+class _TlsConnection(http.client.HTTPSConnection):
+    """Checks the certificate against a name of our choice, where there is one."""
+
+    def __init__(
+        self, endpoint: tuple[str, int], *, timeout: float, context: ssl.SSLContext, server_name: str | None
+    ) -> None:
+        super().__init__(*endpoint, timeout=timeout, context=context)
+        self._tls = context
+        self._server_name = server_name
+
+    def connect(self) -> None:
+        """Open the connection."""
+        if self._server_name is None:
+            super().connect()
+            return
+        http.client.HTTPConnection.connect(self)
+        self.sock = self._tls.wrap_socket(self.sock, server_hostname=self._server_name)
+
+
+def _load_certificate(context: ssl.SSLContext, certificate: str, key: str) -> None:
+    """Python takes a client certificate from a file alone: it exists for a moment, and nobody else can read it."""
+    with tempfile.TemporaryDirectory(prefix="osctl-") as folder:
+        path = os.path.join(folder, "client.pem")
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
+            file.write(certificate + "\n" + key + "\n")
+        context.load_cert_chain(path)
+
+
+def _dry(dry_run: bool) -> dict[str, str]:
+    return {"dryRun": "All"} if dry_run else {}
+
+
+def _object(value: Any) -> Object:
+    if not isinstance(value, dict):
+        raise OsctlError("the answer is no object", hint="is this address an API server's?")
+    return value
+
+
+def _decoded(content: bytes, path: str) -> Any:
+    if not content.startswith((b"{", b"[")):
+        return content.decode(errors="replace")
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise OsctlError(f"the answer to {path} is no JSON", hint="is this address an API server's?") from error
+
+
+def _status_of(content: bytes) -> Mapping[str, Any]:
+    try:
+        answer = json.loads(content)
+    except ValueError:
+        return {}
+    return answer if isinstance(answer, dict) else {}
+
+
+def _pause(answer: http.client.HTTPResponse, attempt: int) -> float | None:
+    """How long to wait before trying again; None where that is longer than anybody wants to."""
+    asked = answer.headers.get("Retry-After") or ""
+    pause = float(asked) if asked.isdigit() else _PAUSE_SECONDS * 2**attempt
+    return pause if pause <= _MAX_PAUSE_SECONDS else None
