@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """How a command ended. The only table; `docs/reference/cli.md` is made from it."""
+    """How a command ended. The only table."""
 
     OK = 0
     """It worked; with `wait`, what was waited for is so."""

@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from osctl.errors import ExitCode, OsctlError
-from osctl.output import Output
+from osctl.output import Output, OutputClosedError
 from osctl.session import Session
 from osctl.settings import resolve
 
@@ -169,7 +169,7 @@ app = typer.Typer(
 )
 
 
-@app.callback(epilog="Every command has --help. Exit codes and settings: docs/reference/cli.md.")
+@app.callback(epilog="Every command has --help; `osctl config view` shows the settings.")
 def _root(
     ctx: typer.Context,
     namespace: Namespace = None,
@@ -202,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = typer.main.get_command(app)(_completed(words), prog_name="osctl", standalone_mode=False)
         sys.stdout.flush()
         return int(code or ExitCode.OK)
-    except BrokenPipeError:
+    except (BrokenPipeError, OutputClosedError):
         # Python flushes stdout once more at its end, and would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _CLOSED_PIPE

@@ -18,6 +18,10 @@ _GAP = 3
 _DEFAULT_WIDTH = 80
 
 
+class OutputClosedError(Exception):
+    """Nobody reads what is written, as after `| head`."""
+
+
 class Output:
     """Where a command writes."""
 
@@ -106,6 +110,8 @@ def terminal_width() -> int:
 def _write(stream: TextIO, text: str) -> None:
     try:
         stream.write(text + "\n")
+    except BrokenPipeError as error:
+        raise OutputClosedError from error
     except UnicodeEncodeError:  # a terminal of another encoding shows what it can
         encoding = stream.encoding or "ascii"
         stream.write(text.encode(encoding, "replace").decode(encoding) + "\n")

@@ -129,7 +129,12 @@ def as_text(story: Story, *, width: int, now: float, paint: Paint) -> str:
     """The screen."""
     phase = paint(story.phase, _PHASES.get(story.phase, "bold"))
     head = f"TrainingRun {story.name} in {story.namespace}: {phase}, {_since(story)}"
-    parts = [head, _facts(story, width=width, now=now), _attempts(story, now=now), _pods(story)]
+    parts = [
+        head,
+        _facts(story, width=width, now=now),
+        _attempts(story, width=width, now=now),
+        _pods(story, width=width),
+    ]
     parts.append(_failure(story, width=width, paint=paint))
     parts += [f"not seen: {words}" for words in story.unseen]
     parts.append(_wrapped(f"next: {story.next}", width).replace("next:", paint("next:", "bold"), 1))
@@ -144,7 +149,7 @@ def _next_step(body: Object, spec: TrainingRunSpec, status: TrainingRunStatus, *
     name = body["metadata"]["name"]
     generation = int(body["metadata"].get("generation") or 0)
     if status.phase == "Succeeded":
-        return f"nothing: the run is done. Weights and samples are in {spec.run_uri}"
+        return f"nothing to do: the run is done. Weights and samples are in {spec.run_uri}"
     if status.phase == "Failed":
         return _remedy(status, ConditionType.FAILED) or "read the attempts, and start a new run"
     if status.phase is None or status.observed_generation < generation:
@@ -159,13 +164,13 @@ def _next_step(body: Object, spec: TrainingRunSpec, status: TrainingRunStatus, *
     if accepted is not None and accepted.status == "False":
         return f"{accepted.message or accepted.reason}. {_remedy(status, ConditionType.ACCEPTED)}".strip()
     if spec.requests.stop:
-        return f"nothing: the run is being stopped; `osctl wait {name} --for failed` waits for its end"
+        return f"nothing to do: the run is being stopped; `osctl wait {name} --for failed` waits for its end"
     if spec.suspend:
         return f"`osctl resume {name}` goes on from the newest checkpoint"
     if status.phase == "Restarting":
         if status.backoff_until is not None and status.backoff_until > now:
-            return f"nothing: attempt {status.attempt} starts in {duration(status.backoff_until - now)}"
-        return f"nothing: attempt {status.attempt} starts as soon as the pods of the one before are gone"
+            return f"nothing to do: attempt {status.attempt} starts in {duration(status.backoff_until - now)}"
+        return f"nothing to do: attempt {status.attempt} starts as soon as the pods of the one before are gone"
     for kind in (
         ConditionType.SUSPENDED,
         ConditionType.SCHEDULED,
@@ -175,7 +180,7 @@ def _next_step(body: Object, spec: TrainingRunSpec, status: TrainingRunStatus, *
         words = _trouble(status, kind)
         if words:
             return words
-    return f"nothing: it goes on by itself; `osctl wait {name}` ends when it does"
+    return f"nothing to do: it goes on by itself; `osctl wait {name}` ends when it does"
 
 
 def _trouble(status: TrainingRunStatus, kind: ConditionType) -> str:
@@ -285,7 +290,7 @@ def _bar(percent: int | None) -> str:
     return f"[{'#' * full}{'.' * (_BAR - full)}] "
 
 
-def _attempts(story: Story, *, now: float) -> str:
+def _attempts(story: Story, *, width: int, now: float) -> str:
     if not story.status.attempts:
         return ""
     rows = []
@@ -299,17 +304,23 @@ def _attempts(story: Story, *, now: float) -> str:
         ended = record.cause or ("goes on" if record.number == story.status.attempt else "unknown")
         blame = ", ".join(part for part in (where.strip(), code) if part)
         rows.append((f"  {record.number}", steps, took, ended, blame))
-    return as_table(("  ATTEMPT", "STEPS", "TOOK", "END", "FIRST FAILED"), rows)
+    table = as_table(("  ATTEMPT", "STEPS", "TOOK", "END", "FIRST FAILED"), rows)
+    return "\n".join(line if len(line) <= width else line[: width - 1] + "…" for line in table.splitlines())
 
 
-def _pods(story: Story) -> str:
+def _pods(story: Story, *, width: int) -> str:
     """Only pods that do not run: a table of hundreds that do tells nothing."""
     odd = [pod for pod in story.pods if pod.state != "Running"]
     if not odd or story.status.phase in ("Succeeded",):
         return ""
-    rows = [(f"  {pod.name}", pod.node or "-", pod.state, pod.message) for pod in odd[:_MAX_PODS]]
-    more = f"\n  and {len(odd) - _MAX_PODS} more" if len(odd) > _MAX_PODS else ""
-    return as_table(("  POD", "NODE", "STATE", ""), rows) + more
+    lines = [f"{len(odd)} of {len(story.pods)} pods do not run:"]
+    for pod in odd[:_MAX_PODS]:
+        place = f" on {pod.node}" if pod.node else ""
+        message = f": {printable(pod.message)}" if pod.message else ""
+        lines.append(_wrapped(f"  {pod.name}{place}: {pod.state}{message}", width, indent=4))
+    if len(odd) > _MAX_PODS:
+        lines.append(f"  and {len(odd) - _MAX_PODS} more")
+    return "\n".join(lines)
 
 
 def _failure(story: Story, *, width: int, paint: Paint) -> str:
@@ -326,8 +337,8 @@ def _failure(story: Story, *, width: int, paint: Paint) -> str:
         )
         if part
     )
-    head = f"{paint('first failure', 'bold')} of attempt {failure.attempt}: {failure.cause}, {who}"
-    head += f" ({place})" if place else ""
+    head = f"first failure of attempt {failure.attempt}: {failure.cause}, {who}" + (f" ({place})" if place else "")
+    head = _wrapped(head, width).replace("first failure", paint("first failure", "bold"), 1)
     words = [line for line in failure.last_words.splitlines() if line.strip()]
     shown = words[:1] + words[1:][-(_MAX_WORDS - 1) :]
     lines = [_wrapped(f"  | {printable(line)}", width, indent=4) for line in shown]

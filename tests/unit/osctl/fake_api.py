@@ -1,0 +1,104 @@
+"""An API server of canned answers for units of the command line: it speaks HTTP and knows no rules."""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+
+RUNS = "/apis/opensora.dev/v1alpha1/namespaces/team/trainingruns"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked."""
+
+    method: str
+    path: str
+    query: str
+    body: Any
+    headers: dict[str, str]
+
+
+@dataclass
+class FakeApi:
+    """Answers by method and path; anything else is an unknown path."""
+
+    answers: dict[tuple[str, str], list[tuple[int, Any]]] = field(default_factory=dict)
+    requests: list[Request] = field(default_factory=list)
+
+    def __enter__(self) -> Self:
+        api = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def handle_any(self) -> None:
+                length = int(self.headers.get("Content-Length") or 0)
+                text = self.rfile.read(length)
+                path, _, query = self.path.partition("?")
+                body = json.loads(text) if text else None
+                request = Request(self.command, path, query, body, dict(self.headers.items()))
+                api.requests.append(request)
+                status, answer = api.answer(request)
+                content = answer.encode() if isinstance(answer, str) else json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(content)))
+                if status == 429:
+                    self.send_header("Retry-After", "0")
+                self.end_headers()
+                self.wfile.write(content)
+
+            do_GET = do_POST = do_PATCH = do_DELETE = handle_any  # noqa: N815  (the base class calls them so)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    def on(self, method: str, path: str, *answers: Any, status: int = 200) -> None:
+        """Give these answers one after the other, the last one for ever. A tuple is (status, answer)."""
+        self.answers[method, path] = [answer if isinstance(answer, tuple) else (status, answer) for answer in answers]
+
+    def answer(self, request: Request) -> tuple[int, Any]:
+        known = self.answers.get((request.method, request.path))
+        if known is None:
+            return 404, "404 page not found"
+        return known.pop(0) if len(known) > 1 else known[0]
+
+    def writes(self) -> list[tuple[str, str, Any]]:
+        """What would have changed something."""
+        return [(each.method, each.path, each.body) for each in self.requests if each.method != "GET"]
+
+    def write_kubeconfig(self, path: Path) -> None:
+        config = {
+            "current-context": "fake",
+            "clusters": [{"name": "c", "cluster": {"server": self.url}}],
+            "users": [{"name": "u", "user": {"token": "secret"}}],
+            "contexts": [{"name": "fake", "context": {"cluster": "c", "user": "u", "namespace": "team"}}],
+        }
+        path.write_text(yaml.safe_dump(config))
+
+
+def refusal(status: int, reason: str, message: str, **details: Any) -> tuple[int, Any]:
+    """A Status object, as the API server refuses with one."""
+    body = {"kind": "Status", "status": "Failure", "code": status, "reason": reason, "message": message}
+    return status, {**body, "details": details}
