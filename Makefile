@@ -69,6 +69,7 @@ generate: .venv/.installed  ## Write CRDs, RBAC and reference pages anew
 	$(BIN)/python -m opensora.config.describe --write
 	$(BIN)/python -m opensora_operator.crd
 	$(BIN)/python -m opensora_operator.packaging
+	$(BIN)/python -m osctl.reference
 
 .PHONY: lock
 lock: $(BIN)/uv  ## Write requirements.lock anew (ARGS="--upgrade" takes newer versions)

@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 from osctl.errors import ExitCode, OsctlError
 from osctl.output import Output, OutputClosedError
 from osctl.session import Session
-from osctl.settings import resolve
+from osctl.settings import DEBUG, resolve
 
 _CONTROL_C = 130
 _CLOSED_PIPE = 141
@@ -243,10 +243,10 @@ def _foreign_error(error: Exception) -> int:
     if isinstance(error, OSError) and error.filename:
         Output().error(f"{error.filename}: {error.strerror}", None)
         return int(ExitCode.ERROR)
-    if os.environ.get("OSCTL_DEBUG"):
+    if os.environ.get(DEBUG):
         raise error
     Output().error(
         f"osctl made a mistake: {type(error).__name__}: {error}",
-        "with OSCTL_DEBUG=1 it shows where; please report that",
+        f"with {DEBUG}=1 it shows where; please report that",
     )
     return int(ExitCode.ERROR)

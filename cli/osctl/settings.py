@@ -17,6 +17,8 @@ from typing import Any, Literal
 from osctl.errors import UsageError
 
 PREFIX = "OSCTL_"
+DEBUG = "OSCTL_DEBUG"
+"""Variable that has a mistake of ours show where it is; no setting."""
 PROJECT_FILE = "osctl.toml"
 OutputFormat = Literal["table", "wide", "json", "yaml", "name"]
 ColorMode = Literal["auto", "always", "never"]
@@ -79,7 +81,9 @@ def resolve(
         if path is not None and path.is_file():
             _take(_read(path), str(path), values, sources)
     from_environment = {
-        name[len(PREFIX) :].lower(): text for name, text in environment.items() if name.startswith(PREFIX)
+        name[len(PREFIX) :].lower(): text
+        for name, text in environment.items()
+        if name.startswith(PREFIX) and name != DEBUG
     }
     for name, text in from_environment.items():
         _take({name: text}, f"${PREFIX}{name.upper()}", values, sources)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import enum
 import functools
 import inspect
 import itertools
@@ -185,18 +186,21 @@ def camel_case(name: str) -> str:
 
 
 def docs_of(cls: type) -> dict[str, str]:
-    """Field name → the string below it, of the class and of what it inherits from."""
+    """Field or member name → the string below it, of a dataclass and what it inherits from, or of an enum."""
     docs: dict[str, str] = {}
-    for base in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
+    is_enum = issubclass(cls, enum.Enum)
+    bases = [cls] if is_enum else [base for base in cls.__mro__ if dataclasses.is_dataclass(base)]
+    for base in reversed(bases):
         body = _classes(sys.modules[base.__module__])[base.__name__].body
         for statement, following in itertools.pairwise(body):
-            if (
-                isinstance(statement, ast.AnnAssign)
-                and isinstance(statement.target, ast.Name)
-                and isinstance(following, ast.Expr)
-                and isinstance(following.value, ast.Constant)
-            ):
-                docs[statement.target.id] = " ".join(str(following.value.value).split())
+            target: ast.expr | None = None
+            if isinstance(statement, ast.AnnAssign):
+                target = statement.target
+            elif is_enum and isinstance(statement, ast.Assign):
+                target = statement.targets[0]
+            is_text = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+            if isinstance(target, ast.Name) and is_text:
+                docs[target.id] = " ".join(str(following.value.value).split())
     return docs
 
 

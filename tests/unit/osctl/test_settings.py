@@ -64,6 +64,10 @@ def test_a_wrong_variable_is_named() -> None:
         resolve({}, environment={"OSCTL_TIMEOUT_SECONDS": "soon"}, folder=Path("/"))
 
 
+def test_the_variable_for_finding_mistakes_is_no_setting() -> None:
+    assert resolve({}, environment={"OSCTL_DEBUG": "1"}, folder=Path("/")).settings == Settings()
+
+
 def test_config_view_shows_values_and_sources(osctl: Any, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in _layers(home).items():
         monkeypatch.setenv(name, value)
