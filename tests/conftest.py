@@ -21,6 +21,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group(folder if folder in _FOLDERS_OF_ONE_PROCESS else item.path.stem))
 
 
+class _FailuresAtOnce:
+    """Prints a failure when it happens: a run that is cut off never gets to its summary."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed and terminal is not None:
+            terminal.write_line(f"\n{report.nodeid} failed ({report.when}):\n{report.longreprtext}", red=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(_FailuresAtOnce(config))
+
+
 @pytest.fixture(autouse=True)
 def priority_stays_as_it_is() -> Iterator[None]:
     """A test process with real-time priority would pass it on to every server it starts, and starve the machine."""

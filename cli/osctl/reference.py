@@ -67,7 +67,7 @@ def _command(name: str) -> str:
 
 def _is_common(parameter: Any) -> bool:
     """`wait --timeout` is another one than that of all commands."""
-    return parameter.name != "timeout" or parameter.metavar == "SECONDS"
+    return bool(parameter.name != "timeout" or parameter.metavar == "SECONDS")
 
 
 def _options_of_all() -> Iterable[tuple[str, str]]:

@@ -198,9 +198,9 @@ def docs_of(cls: type) -> dict[str, str]:
                 target = statement.target
             elif is_enum and isinstance(statement, ast.Assign):
                 target = statement.targets[0]
-            is_text = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-            if isinstance(target, ast.Name) and is_text:
-                docs[target.id] = " ".join(str(following.value.value).split())
+            text = following.value if isinstance(following, ast.Expr) else None
+            if isinstance(target, ast.Name) and isinstance(text, ast.Constant):
+                docs[target.id] = " ".join(str(text.value).split())
     return docs
 
 
