@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from opensora_operator import constants, planner, tokens
+from opensora_operator import constants, tokens
 from opensora_operator import progress as operator_progress
 from opensora_operator.views import view_pod
 
@@ -33,10 +33,11 @@ def test_every_variable_of_a_pod_is_documented_and_understood() -> None:
     core = {value for name, value in vars(records).items() if name.isupper() and isinstance(value, str)}
     about_the_pod = {"OPENSORA_POD_NAME", "OPENSORA_POD_UID", "OPENSORA_NODE_NAME", "JOB_COMPLETION_INDEX"}
     assert documented - about_the_pod <= launcher | core
-    source = Path(planner.__file__).read_text(encoding="utf-8")
-    given = set(re.findall(r'"(OPENSORA_[A-Z_]+)"', source))
-    assert given
-    assert given <= documented
+    sources = [path.read_text(encoding="utf-8") for path in Path(constants.__file__).parent.glob("*resources.py")]
+    given = {name for source in sources for name in re.findall(r'"(OPENSORA_[A-Z_]+[A-Z])"', source)}
+    assert len(given) > 10
+    assert given - {"OPENSORA_NUM_SHARDS"} <= documented
+    assert "`OPENSORA_NUM_SHARDS`" in (DOCS / "pod-contract.md").read_text(encoding="utf-8")
     assert all(name.startswith(constants.RESERVED_ENV_PREFIX) for name in given)
 
 

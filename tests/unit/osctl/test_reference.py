@@ -22,4 +22,4 @@ def test_every_command_and_its_examples_are_there(name: str) -> None:
 
 def test_every_exit_code_is_explained() -> None:
     for code in ExitCode:
-        assert re.search(rf"^\| {int(code)} \| {code.name} \| \w.+ \|$", page(), flags=re.M)
+        assert re.search(rf"^\| {int(code)} \| {code.name} \| \S.+ \|$", page(), flags=re.M)
