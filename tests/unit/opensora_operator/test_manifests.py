@@ -66,7 +66,7 @@ def test_the_operator_is_as_restricted_as_its_namespace_demands() -> None:
 def test_ports_and_probes_fit_the_settings() -> None:
     ports = {port["name"]: port["containerPort"] for port in container()["ports"]}
     assert ports["http"] == Settings().http_port
-    for probe in ("livenessProbe", "readinessProbe"):
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
         assert container()[probe]["httpGet"] == {"path": "/healthz", "port": "http"}
     (port,) = only("Service")["spec"]["ports"]
     assert port["targetPort"] in ports
