@@ -5,20 +5,28 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 from opensora.quickstart.object_store import ObjectStore
 
 _FOLDERS_OF_ONE_PROCESS = ("cluster", "control_plane")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+class _ByCluster(LoadFileScheduling):
     """Of several test processes, one takes a whole file, or all files that share a cluster."""
-    for item in items:
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(folder if folder in _FOLDERS_OF_ONE_PROCESS else item.path.stem))
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = Path(nodeid.partition("::")[0])
+        return file.parent.name if file.parent.name in _FOLDERS_OF_ONE_PROCESS else str(file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _ByCluster:
+    return _ByCluster(config, log)
 
 
 class _FailuresAtOnce:
