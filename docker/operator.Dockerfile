@@ -19,7 +19,8 @@ RUN python docker/requirements.py operator > requirements.txt \
     && pip --python /opt/opensora/bin/python install --constraint requirements.lock --requirement requirements.txt
 COPY LICENSE README.md ./
 COPY operator operator
-RUN pip --python /opt/opensora/bin/python install --no-deps .
+# The command line is not in this image, so its script is not either.
+RUN pip --python /opt/opensora/bin/python install --no-deps . && rm /opt/opensora/bin/osctl
 
 FROM ${BASE_IMAGE}
 LABEL org.opencontainers.image.title="opensora-operator" \

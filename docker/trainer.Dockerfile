@@ -21,7 +21,9 @@ RUN python docker/requirements.py --base "${EXTRAS}" > requirements.txt \
     && pip --python /opt/opensora/bin/python install --constraint requirements.lock --requirement requirements.txt
 COPY LICENSE README.md ./
 COPY opensora opensora
-RUN pip --python /opt/opensora/bin/python install --no-deps .
+# Neither the operator nor the command line is in this image, so their scripts are not either.
+RUN pip --python /opt/opensora/bin/python install --no-deps . \
+    && rm /opt/opensora/bin/opensora-operator /opt/opensora/bin/osctl
 
 FROM ${BASE_IMAGE}
 LABEL org.opencontainers.image.title="opensora-trainer" \
