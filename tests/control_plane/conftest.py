@@ -15,7 +15,8 @@ MANIFESTS = Path(__file__).parents[2] / "manifests"
 @pytest.fixture(scope="session")
 def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
     """etcd, API server, controller manager and scheduler, without nodes. A test that stops a part starts it again."""
-    with ControlPlane(tmp_path_factory.mktemp("control-plane")) as running:
+    identities = ("operator", "operator-of-two-namespaces", "alice", "bob")
+    with ControlPlane(tmp_path_factory.mktemp("control-plane"), identities=identities) as running:
         # Client-side, as in the instructions: the schemas must fit into the annotation that this writes.
         running.kubectl("apply", "-f", str(MANIFESTS / "crds"))
         running.kubectl("wait", "--for=condition=Established", "--timeout=60s", "-f", str(MANIFESTS / "crds"))
