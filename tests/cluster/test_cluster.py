@@ -304,7 +304,7 @@ def _processes_in(folder: Path) -> list[int]:
 
 
 def _traces() -> set[str]:
-    """What of this machine a cluster could change, as far as clusters do. Traces of others may go, but none may come."""
+    """What of this machine a cluster could change, as far as clusters do. Others may leave meanwhile."""
     commands = {
         "interface": "ip -o link | grep -o 'opensora[0-9]*-[a-z0-9]*' | sort -u",
         "route": "ip route | grep -o '.* dev opensora[0-9]*-[a-z0-9]*'",
