@@ -98,7 +98,7 @@ def stage(control_plane: ControlPlane, kubelets: Kubelets, operators: MortalOper
 
 
 def test_failures_are_counted_once_each(stage: CrashStage, operators: MortalOperators) -> None:
-    stage.create(restartPolicy={"failures": 1, "backoff": {"baseSeconds": 0, "maxSeconds": 0}})
+    stage.create(restartPolicy={"maxRestarts": 1, "backoff": {"baseSeconds": 0, "maxSeconds": 0}})
     stage.until_phase("Running", seconds=60)
     stage.end(1, 1, rank=3, step=7, message="boom")
     stage.until_phase("Running", attempt=2, seconds=60)
