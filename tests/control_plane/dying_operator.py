@@ -8,6 +8,7 @@ Writes are counted from 1; those to the Lease are not. It dies without a word, a
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 from typing import Any
@@ -28,18 +29,20 @@ class DyingCluster(Cluster):
         super().__init__(**options)
         self._when, _, number = os.environ["DIE"].partition(":")
         self._left = int(number)
+        self._one_at_a_time = asyncio.Lock()
 
     async def _write(self, verb: str, resource: Resource, *arguments: Any, **options: Any) -> Object:
         if resource.kind == "Lease":
             return await super()._write(verb, resource, *arguments, **options)
-        self._left -= 1
-        dies = self._left == 0
-        if dies and self._when == "before":
-            os._exit(EXIT_CODE)
-        answer = await super()._write(verb, resource, *arguments, **options)
-        if dies:
-            os._exit(EXIT_CODE)
-        return answer
+        async with self._one_at_a_time:  # what was written before is done
+            self._left -= 1
+            dies = self._left == 0
+            if dies and self._when == "before":
+                os._exit(EXIT_CODE)
+            answer = await super()._write(verb, resource, *arguments, **options)
+            if dies:
+                os._exit(EXIT_CODE)
+            return answer
 
 
 if __name__ == "__main__":
