@@ -49,7 +49,7 @@ def test_a_run_goes_from_creation_to_success(stage: Stage) -> None:
     stage.succeed()
     stage.until_phase("Succeeded")
     assert stage.status["attempts"][0]["exitCode"] == 0
-    assert {"AttemptStarted", "AllRanksSucceeded"} <= stage.until(lambda: events(stage))
+    stage.until(lambda: events(stage) >= {"AttemptStarted", "AllRanksSucceeded"}, what="an event for each decision")
 
 
 def test_kubectl_shows_the_run_as_people_read_it(stage: Stage) -> None:
