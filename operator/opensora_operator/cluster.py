@@ -97,16 +97,13 @@ RESOURCES: tuple[Resource, ...] = (
     Resource("events.k8s.io/v1", "Event", "events"),
     Resource("coordination.k8s.io/v1", "Lease", _LEASES),
     Resource("authentication.k8s.io/v1", "TokenReview", "tokenreviews", namespaced=False),
-    Resource("scheduling.volcano.sh/v1beta1", "PodGroup", "podgroups"),
     Resource("scheduling.x-k8s.io/v1alpha1", "PodGroup", "podgroups"),
 )
 
 
-def resource_of(kind: str, api_version: str | None = None) -> Resource:
-    """The resource of a kind; the API version is needed where two groups have a kind of that name."""
-    return next(
-        found for found in RESOURCES if found.kind == kind and (api_version is None or found.api_version == api_version)
-    )
+def resource_of(kind: str) -> Resource:
+    """The resource of a kind."""
+    return next(found for found in RESOURCES if found.kind == kind)
 
 
 class RequestCounter(Protocol):
@@ -213,13 +210,13 @@ class Cluster:
 
     async def create(self, manifest: Object, *, subresource: str | None = None, later: bool = False) -> Object:
         """Create an object. Raises ApiError, with code 409 where its name is taken."""
-        resource = resource_of(manifest["kind"], manifest["apiVersion"])
+        resource = resource_of(manifest["kind"])
         namespace = manifest["metadata"].get("namespace")
         return await self._write("create", resource, namespace, body=manifest, subresource=subresource, later=later)
 
     async def update(self, manifest: Object) -> Object:
         """Replace an object if it still has this `resourceVersion`. Raises ApiError, with code 409 where it has not."""
-        resource = resource_of(manifest["kind"], manifest["apiVersion"])
+        resource = resource_of(manifest["kind"])
         metadata = manifest["metadata"]
         return await self._write("update", resource, metadata.get("namespace"), metadata["name"], body=manifest)
 

@@ -50,7 +50,7 @@ _MAX_DECISIONS = 16
 _MAX_REPEATS = 3
 """Actions that change nothing that the planner sees are repeated at once so often, and then more and more slowly."""
 _WATCHED = ("Job", "Pod")
-_REFUSALS = (400, 403, 413, 422)
+_REFUSALS = (400, 403, 404, 413, 422)
 
 
 class PlannerError(Exception):
@@ -401,8 +401,9 @@ class Controller:
                     return True
                 created = await self._cluster.find(place[0], body["metadata"]["namespace"], place[1])
             elif error.code in _REFUSALS:
-                memory.rejected[place[1]] = _Found(error.message, self._clock())
-                logger.warning("%s %s is refused: %s", *place, error.message, extra=_about(body, reason="Rejected"))
+                message = _unknown(manifest) if error.code == 404 else error.message
+                memory.rejected[place[1]] = _Found(message, self._clock())
+                logger.warning("%s %s is refused: %s", *place, message, extra=_about(body, reason="Rejected"))
                 return False
             else:
                 raise
@@ -509,6 +510,14 @@ def _difference(old: Object, new: Object) -> Object:
 def _is_ready(node: Object) -> bool:
     conditions = (node.get("status") or {}).get("conditions") or ()
     return any(found["type"] == "Ready" and found["status"] == "True" for found in conditions)
+
+
+def _unknown(manifest: Object) -> str:
+    """What is wrong where the API server has no such kind. Only one of ours does not come with Kubernetes."""
+    return (
+        f"the cluster does not know the kind {manifest['kind']} of {manifest['apiVersion']}: "
+        "install what brings it, or choose another scheduling.gang.mode"
+    )
 
 
 def _about(body: Object, **more: Any) -> dict[str, Any]:

@@ -99,6 +99,13 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         scope=Scope.WATCHED,
+        group="scheduling.x-k8s.io",
+        resources=("podgroups",),
+        verbs=("get", "create"),
+        reason="what the coscheduling plugin counts, of runs with `scheduling.gang.mode: Coscheduling`",
+    ),
+    Rule(
+        scope=Scope.WATCHED,
         group="events.k8s.io",
         resources=("events",),
         verbs=("create",),

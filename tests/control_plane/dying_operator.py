@@ -2,7 +2,8 @@
 
     DIE=before:3 python tests/control_plane/dying_operator.py [flags of opensora-operator]
 
-Writes are counted from 1; those to the Lease are not. It dies without a word, as by SIGKILL: no Lease is released.
+Writes that the API server took are counted from 1; those to the Lease are not. It dies without a word, as by SIGKILL:
+no Lease is released.
 `PLANNER=small` takes the planner of `small_operator.py`.
 """
 
@@ -28,19 +29,19 @@ class DyingCluster(Cluster):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._when, _, number = os.environ["DIE"].partition(":")
-        self._left = int(number)
+        self._number = int(number)
+        self._done = 0
         self._one_at_a_time = asyncio.Lock()
 
     async def _write(self, verb: str, resource: Resource, *arguments: Any, **options: Any) -> Object:
         if resource.kind == "Lease":
             return await super()._write(verb, resource, *arguments, **options)
         async with self._one_at_a_time:  # what was written before is done
-            self._left -= 1
-            dies = self._left == 0
-            if dies and self._when == "before":
+            if self._when == "before" and self._done == self._number - 1:
                 os._exit(EXIT_CODE)
             answer = await super()._write(verb, resource, *arguments, **options)
-            if dies:
+            self._done += 1
+            if self._when == "after" and self._done == self._number:
                 os._exit(EXIT_CODE)
             return answer
 

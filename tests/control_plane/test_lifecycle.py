@@ -39,6 +39,30 @@ def events(stage: Stage) -> set[str]:
     return {event["reason"] for event in stage.events()}
 
 
+POD_GROUPS = {
+    "apiVersion": "apiextensions.k8s.io/v1",
+    "kind": "CustomResourceDefinition",
+    "metadata": {
+        "name": "podgroups.scheduling.x-k8s.io",
+        "annotations": {"api-approved.kubernetes.io": "unapproved, of a test"},
+    },
+    "spec": {
+        "group": "scheduling.x-k8s.io",
+        "names": {"kind": "PodGroup", "plural": "podgroups"},
+        "scope": "Namespaced",
+        "versions": [
+            {
+                "name": "v1alpha1",
+                "served": True,
+                "storage": True,
+                "schema": {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": True}},
+            }
+        ],
+    },
+}
+"""The kind of the coscheduling plugin, as far as an API server has to know it."""
+
+
 # ---------------------------------------------------------------------------------------------------- from end to end
 
 
@@ -311,6 +335,31 @@ def test_what_the_api_server_refuses_is_told_in_its_own_words(stage: Stage) -> N
     stage.create()
     stage.until(lambda: stage.condition("Accepted").get("reason") == "Rejected")
     assert "exceeded quota" in stage.condition("Accepted")["message"]
+
+
+def test_pods_that_coscheduling_counts_come_with_their_group(stage: Stage) -> None:
+    definitions = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+    group = f"/apis/scheduling.x-k8s.io/v1alpha1/namespaces/{stage.namespace}/podgroups/demo-a1"
+    stage.create(scheduling={"gang": {"mode": "Coscheduling", "timeoutSeconds": 90}})
+    stage.until(lambda: stage.condition("Accepted").get("reason") == "Rejected")
+    assert "does not know the kind PodGroup" in stage.condition("Accepted")["message"]
+    assert stage.jobs() == {}
+    stage.request("POST", definitions, POD_GROUPS)
+    try:
+        name = POD_GROUPS["metadata"]["name"]
+        stage.control_plane.kubectl("wait", "--for=condition=Established", "--timeout=60s", f"crd/{name}")
+        other = {"apiVersion": "scheduling.x-k8s.io/v1alpha1", "kind": "PodGroup", "metadata": {"name": "demo-a1"}}
+        stage.until(lambda: stage.request("POST", group.removesuffix("/demo-a1"), other), what="the new kind")
+        stage.edit(cleanup={"ttlSecondsAfterFinished": 600})  # a change is tried at once
+        stage.until(lambda: stage.condition("Accepted").get("reason") == "NameConflict")
+        stage.request("DELETE", group)
+        stage.until_phase("Running", seconds=90)
+        assert stage.request("GET", group)["spec"] == {"minMember": 2, "scheduleTimeoutSeconds": 90}
+        pod = stage.pods(1)[0]
+        assert pod["metadata"]["labels"]["scheduling.x-k8s.io/pod-group"] == "demo-a1"
+        assert pod["spec"]["schedulerName"] == "scheduler-plugins-scheduler"
+    finally:
+        stage.request("DELETE", f"{definitions}/{POD_GROUPS['metadata']['name']}")
 
 
 def test_an_image_that_cannot_be_named_fails_at_once(stage: Stage) -> None:
