@@ -5,6 +5,7 @@ Silent where the cluster cannot be asked: a prompt is no place for errors.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -55,7 +56,8 @@ def _status(ctx: typer.Context) -> dict[str, Any]:
     from osctl.kinds import resource_of
     from osctl.targets import parse_target
 
-    word = ctx.params.get("target") or ctx.params.get("run")
+    params = {**_parsed(ctx), **{name: value for name, value in ctx.params.items() if value is not None}}
+    word = params.get("target") or params.get("run")
     if not isinstance(word, str):
         return {}
     try:
@@ -65,6 +67,17 @@ def _status(ctx: typer.Context) -> dict[str, Any]:
             return client.get(resource_of(target.kind), namespace, target.name).get("status") or {}
     except OsctlError:
         return {}
+
+
+def _parsed(ctx: typer.Context) -> dict[str, Any]:
+    """The command line without the option whose value is asked for: with it, the parser understands nothing."""
+    words = (os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or "").split()
+    if ctx.info_name not in words:
+        return {}
+    before = words[words.index(ctx.info_name) + 1 :]
+    while before and before[-1].startswith("-"):
+        before.pop()
+    return dict(ctx.command.make_context(ctx.info_name, before, parent=ctx.parent, resilient_parsing=True).params)
 
 
 def _connect(ctx: typer.Context) -> tuple[Client, str]:

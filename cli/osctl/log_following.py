@@ -98,7 +98,9 @@ class Follower:
         while True:
             now = time.monotonic()
             has_ended = self._logs.has_ended(attempt)
-            if not is_from_store and (now >= next_look or (has_ended and not has_looked_last)):
+            if is_from_store:
+                has_looked_last = has_ended
+            elif now >= next_look or has_ended != has_looked_last:
                 has_looked_last = has_ended
                 pods = self._look(attempt)
                 wanted = self._logs.wanted(pods, self._choice)
@@ -113,7 +115,7 @@ class Follower:
                 next_look = time.monotonic() + (_LOOK_AGAIN_SECONDS if count == len(known) else _LOOK_SECONDS)
                 if not known and not has_ended and not is_from_store:
                     self._say(self._logs.waiting_for(wanted, attempt))
-            elif has_ended and not self._num_running and self._events.empty():
+            if has_looked_last and not self._num_running and self._events.empty():
                 break
             waits = [_TURN_SECONDS, max(0.0, next_look - now), window.wait(now=now)]
             self._take(window, timeout=min(wait for wait in waits if wait is not None))

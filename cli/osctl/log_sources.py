@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # imported late: most logs are those of pods
 MAX_PODS = 256
 """Most pods whose logs are read at the same time; each takes a connection."""
 _NUM_THREADS = 16
+_ASK = "ask whoever runs the cluster for this right"
 _NOUNS = {TRAINING_RUN.name: "rank", SAMPLE_JOB.name: "shard", BATCH_SEARCH.name: "probe"}
 """Kind → what its pods are told apart by."""
 
@@ -47,6 +48,8 @@ class ObjectLogs:
         """Something could not be read."""
         self.are_pods_closed = False
         """One may not list pods, or not read their logs."""
+        self._unread: set[int] = set()
+        """Numbers of the pods whose logs could not be read."""
 
     def refresh(self) -> None:
         """Look at the object again."""
@@ -213,6 +216,7 @@ class ObjectLogs:
             if isinstance(error, ApiError) and error.status == 403:
                 self._close_pods("you may not read the logs of pods")
             else:
+                self._unread.add(log.number)
                 self.session.output.note(f"the log of pod {log.pod.name} cannot be read: {printable(error.message)}")
             return None
         return iter(()) if first is None else itertools.chain([first], stream)
@@ -261,14 +265,11 @@ class ObjectLogs:
         Raises:
             OsctlError: there are no pods, and there is nothing.
         """
-        if attempt is None:
+        if attempt is None or not self.is_run:
+            self.is_incomplete |= bool(self._unread)
             if logs:
                 return []
-            raise OsctlError(
-                f"the pods of {self.target.name} are gone, and their logs are kept nowhere else",
-                hint=f"`osctl get {self.target.kind.short_names[0]} {self.target.name} -o yaml` has its last words",
-                exit_code=ExitCode.NOT_FOUND,
-            )
+            raise self._nothing(attempt, "and they are kept nowhere else")
         missing = self._missing_ranks(attempt, choice, logs)
         if not missing and missing is not None:
             return []
@@ -276,32 +277,39 @@ class ObjectLogs:
 
         try:
             found = self.stored.ranks(attempt)
+            self.is_incomplete |= bool(self._unread - {rank // self._procs for rank in found})
             ranks = [rank for rank in found if missing is None or rank in missing]
             if not ranks and not logs:
-                raise self._nothing(attempt, choice, found)
-            if ranks:
-                gone = "pods" if not logs else "some pods"
-                self.session.output.note(f"{gone} of attempt {attempt} are gone: reading {self.stored.uri}")
-            return self.stored.lines(attempt, choice, ranks=ranks, pool=self.pool, tail=tail if choice.is_all else None)
+                raise self._nothing_stored(attempt, choice, found)
+            if ranks and not self.are_pods_closed:
+                what = "pods" if not logs else "some pods"
+                self.session.output.note(f"{what} of attempt {attempt} are gone: reading {self.stored.uri}")
+            enough = tail if choice.pattern is None else None
+            return self.stored.lines(attempt, choice, ranks=ranks, pool=self.pool, tail=enough)
         except StorageError as error:
-            message = f"pods of attempt {attempt} are gone, and the run directory cannot be read: {error.message}"
             if not logs:
-                raise OsctlError(message, hint=error.hint, exit_code=ExitCode.NOT_FOUND) from error
+                words = f"and the run directory cannot be read: {error.message}"
+                raise self._nothing(attempt, words, hint=error.hint) from error
             self.is_incomplete = True
-            self.session.output.note(message)
+            self.session.output.note(f"the run directory cannot be read: {error.message}")
             return []
 
     def _missing_ranks(self, attempt: int, choice: Choice, logs: Sequence[PodLog]) -> set[int] | None:
         """Ranks that are wanted and whose pods are not among these; None is all that there are."""
         if not logs:
             return None if choice.rank is None else {choice.rank}
-        count, procs = self.num_pods(attempt), self.status.resolved.procs_per_node
-        if count is None or procs is None or choice.rank is not None:
+        count = self.num_pods(attempt)
+        if count is None or choice.rank is not None:
             return set()
         gone = set(range(count)) - {log.number for log in logs}
-        return {pod * procs + local for pod in gone for local in range(procs)}
+        return {pod * self._procs + local for pod in gone for local in range(self._procs)}
 
-    def _nothing(self, attempt: int, choice: Choice, found: Sequence[int]) -> OsctlError:
+    @property
+    def _procs(self) -> int:
+        """Ranks per pod."""
+        return self.status.resolved.procs_per_node or 1
+
+    def _nothing_stored(self, attempt: int, choice: Choice, found: Sequence[int]) -> OsctlError:
         if found:
             return OsctlError(
                 f"attempt {attempt} of {self.target.name} has no rank {choice.rank}",
@@ -309,16 +317,19 @@ class ObjectLogs:
                 exit_code=ExitCode.NOT_FOUND,
             )
         if self.stored.is_missing_folder:
-            return OsctlError(
-                f"the pods of attempt {attempt} are gone, and there is no folder {self.stored.uri} on this machine",
-                hint="it is a folder of the pods or nodes: mount it here, and give its path instead of the name",
-                exit_code=ExitCode.NOT_FOUND,
-            )
+            hint = "it is a folder of the pods or nodes: mount it here, and give its path instead of the name"
+            return self._nothing(attempt, f"and there is no folder {self.stored.uri} on this machine", hint=hint)
         known = self.stored.attempts()
         hint = f"the run directory has attempts {', '.join(map(str, known))}" if known else "did it ever start?"
-        return OsctlError(
-            f"there are no logs of attempt {attempt} of {self.target.name}: its pods are gone, and "
-            f"{self.stored.uri} has none",
-            hint=hint,
-            exit_code=ExitCode.NOT_FOUND,
-        )
+        return self._nothing(attempt, f"and {self.stored.uri} has none", hint=hint)
+
+    def _nothing(self, attempt: int | None, words: str, *, hint: str | None = None) -> OsctlError:
+        name, of = self.target.name, "" if attempt is None else f" of attempt {attempt}"
+        if self.are_pods_closed:
+            message = f"you may not read the logs of the pods{of} of {name}, {words}"
+            return OsctlError(message, hint=hint or _ASK, exit_code=ExitCode.NOT_ALLOWED)
+        if self._unread:
+            return OsctlError(f"the logs of the pods{of} of {name} cannot be read, {words}", hint=hint)
+        hint = hint or f"`osctl get {self.target.kind.short_names[0]} {name} -o yaml` has its last words"
+        message = f"there are no logs{of} of {name}: its pods are gone, {words}"
+        return OsctlError(message, hint=hint, exit_code=ExitCode.NOT_FOUND)

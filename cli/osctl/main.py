@@ -24,6 +24,8 @@ from osctl.settings import DEBUG, resolve
 _CONTROL_C = 130
 _CLOSED_PIPE = 141
 """What a shell reports for a program that wrote to a pipe nobody reads."""
+COMPLETE = "_OSCTL_COMPLETE"
+"""Set by a completion script: what is asked for then is words, in the form of its shell."""
 _CLICK_ERROR: type[Any] = typer.BadParameter.__mro__[2]
 """Base of typer's errors about the command line, which it does not export."""
 
@@ -201,6 +203,8 @@ def entry() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if os.environ.get(COMPLETE):
+        _teach_shells()
     try:
         code = typer.main.get_command(app)(_completed(words), prog_name="osctl", standalone_mode=False)
         sys.stdout.flush()
@@ -218,6 +222,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _usage_error(error)
     except Exception as error:
         return _foreign_error(error)
+
+
+def _teach_shells() -> None:
+    """Typer knows the shells by itself only where it adds options of its own to the command line."""
+    from typer import completion
+
+    vars(completion)["completion_init"]()  # typer does not say that it exports it
 
 
 def _completed(words: Sequence[str]) -> list[str]:
