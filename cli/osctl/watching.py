@@ -153,6 +153,8 @@ class Feed:
         self._target = target
         self._clients = (client.another(), client.another())
         self._stopping = threading.Event()
+        self._look_now = threading.Event()
+        """The pods are looked at without a pause."""
         self._error: Exception | None = None
         self._away: str | None = None
         self._threads = [
@@ -173,7 +175,7 @@ class Feed:
     def stop(self) -> None:
         """End it; what waits for an answer is not waited for for long."""
         self._stopping.set()
-        self.has_news.set()
+        self._look_now.set()
         for client in self._clients:
             client.abort()
         for thread in self._threads:
@@ -198,8 +200,10 @@ class Feed:
         for body in versions(client, self._namespace, self._target, on_trouble=self._lose, sleep=self._stopping.wait):
             if body is None:
                 raise _deleted(self._target)
-            self.body, self._away = body, None
+            is_first, self.body, self._away = self.body is None, body, None
             self.has_news.set()
+            if is_first or is_over(body):
+                self._look_now.set()
             if is_over(body):
                 return
 
@@ -208,17 +212,16 @@ class Feed:
         self.has_news.set()
 
     def _follow_pods(self, client: Client) -> None:
-        while not self._stopping.is_set():
+        self._look_now.wait()
+        while not self._stopping.is_set() and self.body is not None:
+            self._look_now.clear()
             body = self.body
-            if body is not None:
-                is_last = is_over(body)
-                self._look_at_pods(client, body)
-                self.is_complete = is_last
-                self.has_news.set()
-                if is_last or self.may_not_see_pods:
-                    break
-            self._stopping.wait(_PODS_SECONDS if body is not None else _KEY_SECONDS)
-        self.is_complete = True
+            self._look_at_pods(client, body)
+            self.is_complete = is_over(body) or self.may_not_see_pods
+            self.has_news.set()
+            if self.is_complete:
+                return
+            self._look_now.wait(_PODS_SECONDS)
 
     def _look_at_pods(self, client: Client, body: Object) -> None:
         try:
