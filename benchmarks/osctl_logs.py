@@ -57,6 +57,8 @@ class Handler(BaseHTTPRequestHandler):
     """A run of one rank per pod, whose ranks log a line every 10 ms."""
 
     protocol_version = "HTTP/1.1"
+    wbufsize = 64 * 1024  # header and body in one segment, as real servers send them
+    disable_nagle_algorithm = True
     logs: Sequence[bytes] = ()
 
     def do_GET(self) -> None:
@@ -91,6 +93,7 @@ class Handler(BaseHTTPRequestHandler):
             for position in range(start, len(log), _PIECE_BYTES):
                 piece = log[position : position + _PIECE_BYTES]
                 self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+                self.wfile.flush()
             self.wfile.write(b"0\r\n\r\n")
 
     def log_message(self, format: str, *args: Any) -> None:

@@ -180,7 +180,7 @@ class Client:
             return  # cut off: whoever watches looks again
 
     def stream(self, path: str, query: Mapping[str, str], *, quiet_seconds: float | None = None) -> Iterator[bytes]:
-        """The answer to a GET, piece by piece as it arrives. It has the connection for itself.
+        """The answer to a GET, piece by piece as it arrives. Meanwhile nothing else can be asked over this connection.
 
         Args:
             path: what to get.
@@ -191,7 +191,6 @@ class Client:
             ApiError: it was refused.
             UnreachableError: the API server cannot be reached, or has cut the answer off.
         """
-        self.close()
         target = f"{path}?{urlencode(query)}"
         access = self.access
         answer = self._send("GET", target, None, {"Accept": "*/*"})

@@ -26,6 +26,8 @@ _WINDOW_SECONDS = 0.25
 """How long a line is held back for earlier ones of other pods."""
 _LOOK_SECONDS = 2.0
 """Pause between looks at the pods while some have not started."""
+_LOOK_SHARE = 20.0
+"""A look that takes long, since there are many pods, is followed by a pause that is so many times longer."""
 _LOOK_AGAIN_SECONDS = 15.0
 _TURN_SECONDS = 0.5
 _JOIN_SECONDS = 2.0
@@ -102,9 +104,10 @@ class Follower:
                 has_looked_last = has_ended
             elif now >= next_look or has_ended != has_looked_last:
                 has_looked_last = has_ended
-                pods = self._look(attempt)
-                wanted = self._logs.wanted(pods, self._choice)
+                wanted = self._logs.wanted(self._look(attempt), self._choice)
+                pause = max(_LOOK_SECONDS, _LOOK_SHARE * (time.monotonic() - now))
                 started = [pod for pod in wanted if has_started(pod) and pod.uid not in known]
+                self._logs.refuse_many(self._num_running + len(started))
                 known |= {pod.uid: None for pod in started}
                 known |= {log.pod.uid: log for log in self._join(started, tail)}
                 tail = None if started else tail
@@ -112,7 +115,7 @@ class Follower:
                     is_from_store = True
                     self._spawn_reader(self._follow_store, attempt)
                 count = 1 if self._choice.rank is not None else self._logs.num_pods(attempt)
-                next_look = time.monotonic() + (_LOOK_AGAIN_SECONDS if count == len(known) else _LOOK_SECONDS)
+                next_look = time.monotonic() + (_LOOK_AGAIN_SECONDS if count == len(known) else pause)
                 if not known and not has_ended and not is_from_store:
                     self._say(self._logs.waiting_for(wanted, attempt))
             if has_looked_last and not self._num_running and self._events.empty():

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from opensora_operator.api import BATCH_SEARCH, SAMPLE_JOB, TRAINING_RUN, AttemptStatus, TrainingRunStatus
 from opensora_operator.views import PodView
-from opensora_operator.wire import from_wire
 
+from osctl.client import Client, Object
 from osctl.errors import ApiError, ExitCode, OsctlError, UsageError
 from osctl.log_lines import Choice, Line
 from osctl.output import printable
@@ -20,7 +20,7 @@ from osctl.pod_logs import LogGoneError, PodLog
 from osctl.pods import has_started, list_pods
 from osctl.session import Session
 from osctl.story import newest_failure, pod_state
-from osctl.targets import Target, fetch, is_over, phase_of
+from osctl.targets import Target, fetch, is_over, phase_of, read_status
 
 if TYPE_CHECKING:  # imported late: most logs are those of pods
     from osctl.run_logs import RunLogs
@@ -42,6 +42,7 @@ class ObjectLogs:
         self.session = session
         self.target = target
         self.body = fetch(session, target)
+        self._known: tuple[Object, TrainingRunStatus] = {}, TrainingRunStatus()
         self.is_gone = False
         """The object was deleted meanwhile."""
         self.is_incomplete = False
@@ -69,8 +70,12 @@ class ObjectLogs:
 
     @property
     def status(self) -> TrainingRunStatus:
-        """Of a run."""
-        return from_wire(TrainingRunStatus, self.body.get("status") or {}, path="status")
+        """Of a run. Raises OsctlError for one that this osctl cannot read."""
+        known, status = self._known
+        if known is not self.body:
+            status = read_status(self.body)
+            self._known = self.body, status
+        return status
 
     @property
     def newest_attempt(self) -> int:
@@ -151,21 +156,25 @@ class ObjectLogs:
             self.session.output.note(f"{why}{elsewhere}")
         self.are_pods_closed = True
 
-    def wanted(self, pods: Sequence[PodView], choice: Choice, *, max_pods: int | None = MAX_PODS) -> list[PodView]:
-        """The pods that may have what is wanted. Raises UsageError where they are too many."""
-        procs = self.status.resolved.procs_per_node if choice.rank is not None else None
-        chosen = [pod for pod in pods if procs is None or choice.rank is None or pod.index == choice.rank // procs]
-        if max_pods is not None and len(chosen) > max_pods:
-            raise UsageError(
-                f"{self.target.name} has {len(chosen)} pods, and at most {max_pods} can be read at once",
-                hint="--rank N reads one of them; --download DIR takes all",
-            )
-        return chosen
+    def wanted(self, pods: Sequence[PodView], choice: Choice) -> list[PodView]:
+        """The pods that may have what is wanted."""
+        if choice.rank is None or self.status.resolved.procs_per_node is None:
+            return list(pods)
+        return [pod for pod in pods if pod.index == choice.rank // self._procs]
 
-    def open(self, pod: PodView, choice: Choice) -> PodLog:
-        """The log of a pod, over a connection of its own."""
+    def refuse_many(self, count: int) -> None:
+        """Raises UsageError where there are more pods than can be read at the same time."""
+        if count > MAX_PODS:
+            raise UsageError(
+                f"{self.target.name} has {count} pods, and at most {MAX_PODS} can be read at the same time",
+                hint=("--rank N reads one of them; " if self.is_run else "") + "--download DIR takes all",
+            )
+
+    def open(self, pod: PodView, choice: Choice, *, client: Client | None = None) -> PodLog:
+        """The log of a pod, over a connection of its own unless one is given."""
         number = pod.attempt if self.target.kind is BATCH_SEARCH else pod.index
-        return PodLog(self.session.client.another(), self.session.namespace, pod, choice, number=number)
+        client = client or self.session.client.another()
+        return PodLog(client, self.session.namespace, pod, choice, number=number)
 
     def waiting_for(self, pods: Sequence[PodView], attempt: int | None) -> str:
         """What keeps an attempt from having logs, in words."""
@@ -184,14 +193,19 @@ class ObjectLogs:
 
     # Reading what there is
 
-    def lines(self, attempt: int | None, choice: Choice, *, tail: int | None) -> list[Iterator[Line]]:
-        """What there is of an attempt, a stream for each pod or rank; the last `tail` lines of each are enough.
+    def lines(
+        self, attempt: int | None, pods: Sequence[PodView], choice: Choice, *, tail: int | None
+    ) -> list[Iterator[Line]]:
+        """What there is of an attempt with these pods, a stream for each pod or rank; the last `tail` lines of each are
+        enough. Until they have come to their ends nothing else can be asked of the API server.
 
         Raises:
             OsctlError: there is nothing at all.
         """
-        started = [pod for pod in self.wanted(self.pods(attempt), choice) if has_started(pod)]
-        logs, streams = self.start([self.open(pod, choice) for pod in started], tail=tail)
+        started = [pod for pod in pods if has_started(pod)]
+        self.refuse_many(len(started))
+        first = [self.open(pod, choice, client=self.session.client) for pod in started[:1]]  # is connected already
+        logs, streams = self.start([*first, *(self.open(pod, choice) for pod in started[1:])], tail=tail)
         return streams + self.stored_lines(attempt, choice, logs, tail=tail)
 
     def start(self, logs: Sequence[PodLog], *, tail: int | None) -> tuple[list[PodLog], list[Iterator[Line]]]:

@@ -16,8 +16,8 @@ from opensora_operator.views import PodView
 from opensora_operator.wire import WireError, from_wire, parse_time
 
 from osctl.client import Object
-from osctl.errors import OsctlError
 from osctl.output import Style, as_table, printable
+from osctl.targets import read_status, unreadable
 
 _SILENT_OPERATOR_SECONDS = 30.0
 """An operator that works answers a change within a second or two."""
@@ -96,12 +96,9 @@ def tell(body: Object, pods: Sequence[PodView] | None, *, now: float, unseen: Se
     """
     try:
         spec = from_wire(TrainingRunSpec, body.get("spec") or {}, path="spec")
-        status = from_wire(TrainingRunStatus, body.get("status") or {}, path="status")
     except WireError as error:
-        raise OsctlError(
-            f"this osctl cannot read the run: {error}",
-            hint="the operator may be of another version: update osctl, or use `osctl get tr NAME -o yaml`",
-        ) from error
+        raise unreadable(body, error) from error
+    status = read_status(body)
     created = parse_time(body["metadata"]["creationTimestamp"])
     return Story(
         name=body["metadata"]["name"],

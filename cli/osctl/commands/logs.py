@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
+from opensora_operator.views import PodView
 from opensora_operator.wire import parse_time
 
 from osctl.completing import complete_attempt, complete_rank, complete_target
@@ -223,9 +224,9 @@ def _printer(session: Session, found: ObjectLogs, choice: Choice) -> _Printer:
 def _lines(found: ObjectLogs, choice: Choice, attempts: Sequence[int | None], tail: int | None) -> Iterator[Line]:
     """What there is of the attempts, one after the other."""
     for attempt in attempts:
-        _await_start(found, attempt, choice)
+        pods = _await_start(found, attempt, choice)
         try:
-            streams = found.lines(attempt, choice, tail=tail)
+            streams = found.lines(attempt, pods, choice, tail=tail)
         except OsctlError as error:
             if len(attempts) == 1 or error.exit_code is not ExitCode.NOT_FOUND:
                 raise
@@ -234,13 +235,14 @@ def _lines(found: ObjectLogs, choice: Choice, attempts: Sequence[int | None], ta
         yield from merge(streams)
 
 
-def _await_start(found: ObjectLogs, attempt: int | None, choice: Choice) -> None:
-    """Wait for the first pod of an attempt that begins."""
+def _await_start(found: ObjectLogs, attempt: int | None, choice: Choice) -> list[PodView]:
+    """The pods of an attempt; of one that begins when the first of them has started."""
     said = ""
-    while not found.has_ended(attempt) and phase_of(found.body) != "Suspended":
+    while True:
         pods = found.wanted(found.pods(attempt), choice)
-        if found.are_pods_closed or any(map(has_started, pods)):
-            return
+        is_waiting = not found.has_ended(attempt) and phase_of(found.body) != "Suspended"
+        if not is_waiting or found.are_pods_closed or any(map(has_started, pods)):
+            return pods
         words = found.waiting_for(pods, attempt)
         if words != said:
             found.session.output.note(words)
@@ -307,7 +309,7 @@ def _download(
     """A file for each rank of each attempt, and for each pod of other kinds."""
     for attempt in attempts:
         place = folder / (found.target.name if attempt is None else f"attempt-{attempt}")
-        pods = found.wanted(found.pods(attempt), choice, max_pods=None)
+        pods = found.wanted(found.pods(attempt), choice)
         logs = [found.open(pod, choice) for pod in pods if has_started(pod)]
         readable: list[PodLog] = []
         with ThreadPoolExecutor(_NUM_THREADS) as pool:

@@ -12,14 +12,14 @@ import typer
 from opensora_operator.api import TRAINING_RUN, AttemptStatus, TrainingRunStatus
 from opensora_operator.constants import GROUP
 from opensora_operator.status import duration
-from opensora_operator.wire import WireError, from_wire, parse_time
+from opensora_operator.wire import parse_time
 
 from osctl.client import Object
-from osctl.errors import OsctlError
 from osctl.kinds import resource_of
 from osctl.options import Format, OutputFormat
 from osctl.output import as_json, as_table, as_yaml
 from osctl.session import Session
+from osctl.targets import read_status
 
 
 class Sort(StrEnum):
@@ -96,14 +96,9 @@ def top(
 
 
 def usage_of(body: Object, *, now: float) -> Usage:
-    """What a run takes. Raises OsctlError for one that this osctl cannot read."""
+    """What a run takes."""
     name = body["metadata"]["name"]
-    try:
-        status = from_wire(TrainingRunStatus, body.get("status") or {}, path="status")
-    except WireError as error:
-        raise OsctlError(
-            f"this osctl cannot read the run {name}: {error}", hint="update osctl: the operator is of another version"
-        ) from error
+    status = read_status(body)
     progress = status.progress
     has_pods = status.phase in ("Starting", "Running")
     procs = status.resolved.procs_per_node or 1

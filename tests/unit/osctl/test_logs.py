@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from fake_api import FakeApi, refusal
 from fake_logs import PODS, FakePod, FakeRun
-from osctl import log_following, pod_logs, run_logs
+from osctl import log_following, log_sources, pod_logs, run_logs
 from osctl.commands import logs as logs_command
 from osctl.main import COMPLETE
 
@@ -433,6 +433,22 @@ def test_what_cannot_be_asked_is_refused(
     assert (result.code, result.out) == (code, "")
     assert said in result.err
     assert len(result.err.splitlines()) <= 2
+
+
+@pytest.mark.parametrize("words", [(), ("-f",)])
+def test_more_pods_than_can_be_read_at_once_are_refused(
+    api: FakeApi, osctl: Any, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(log_sources, "MAX_PODS", 3)
+    run = FakeRun(api, nodes=4)
+    for index in range(4):
+        run.pod(index).start((index, f"[rank {2 * index}] x" if index else "x"))
+    result = osctl("logs", "demo", *words)
+    assert (result.code, result.out) == (2, "")
+    assert "demo has 4 pods, and at most 3" in result.err
+    assert "--rank N reads one of them" in result.err
+    assert osctl("logs", "demo", "--rank", "6").out == "x\n"
+    assert len(osctl("logs", "demo", "--download", "out").out.splitlines()) == 4
 
 
 def test_profiles_have_no_logs(osctl: Any, api: FakeApi) -> None:
