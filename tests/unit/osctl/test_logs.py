@@ -289,6 +289,18 @@ def test_when_the_pods_are_gone_the_run_directory_tells(run: FakeRun, home: Path
     assert osctl("logs", "demo", "--since", "2026-01-01T00:00:05Z", "--rank", "0").out == "[2026-01-01 00:00:09] ends\n"
 
 
+def test_a_tail_is_read_from_the_end_of_the_files(
+    run: FakeRun, home: Path, osctl: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_logs, "_BLOCK_BYTES", 16)
+    _store(home, 1, 0, *("".join(f"line {part}.{number}\n" for number in range(9)) for part in range(3)))
+    run.set(phase="Succeeded")
+    every = [f"line {part}.{number}" for part in range(3) for number in range(9)]
+    assert osctl("logs", "demo", "--rank", "0").out.splitlines() == every
+    for count in (1, 2, 10, 99):
+        assert osctl("logs", "demo", "--rank", "0", "--tail", str(count)).out.splitlines() == every[-count:]
+
+
 def test_of_a_pod_that_is_gone_the_run_directory_tells(run: FakeRun, home: Path, osctl: Any) -> None:
     run.pod(0).start((1, "zero"))
     _store(home, 1, 0, "not from here\n")
