@@ -60,7 +60,13 @@ def confirm(session: Session, what: Sequence[str], *, yes: bool, dry_run: DryRun
         return
     if not sys.stdin.isatty():
         raise UsageError("nobody can be asked: there is no terminal", hint="--yes does it without asking")
-    sys.stderr.write("Go on? [y/N] ")
-    sys.stderr.flush()
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+    if not asks(session, "Go on?"):
         raise OsctlError("nothing was done", exit_code=ExitCode.ERROR)
+
+
+def asks(session: Session, question: str) -> bool:
+    """Whether a person says yes. Enter, the end of input and the absence of a terminal are no."""
+    if not sys.stdin.isatty():
+        return False
+    session.output.prompt(f"{question} [y/N] ")
+    return sys.stdin.readline().strip().lower() in ("y", "yes")

@@ -11,13 +11,15 @@ import os
 import socket
 import ssl
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Self
 from urllib.parse import quote, urlencode, urlsplit
 
-from osctl.errors import ApiError, ExitCode, OsctlError
+from osctl.errors import ApiError, ExitCode, OsctlError, UnreachableError
 from osctl.kubeconfig import Access
 
 Object = dict[str, Any]
@@ -29,7 +31,9 @@ _PAGE = 500
 _TRIES = 4
 _PAUSE_SECONDS = 0.5
 _MAX_PAUSE_SECONDS = 10.0
-_RETRIED = (429, 500, 502, 503, 504)
+_PIECE_BYTES = 64 * 1024
+RETRIED = (429, 500, 502, 503, 504)
+"""HTTP status of a server that is busy or broken for the moment."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +63,28 @@ CONFIG_MAPS = Resource("v1", "configmaps", "ConfigMap")
 
 
 class Client:
-    """Requests to one API server over one connection; a context manager."""
+    """Requests to one API server over one connection, from one thread; a context manager."""
 
-    def __init__(self, access: Access, *, timeout_seconds: float = 30.0) -> None:
-        self.access = access
+    def __init__(
+        self, access: Access, *, timeout_seconds: float = 30.0, renew: Callable[[], Access] | None = None
+    ) -> None:
+        """`renew` logs in again, where a login can expire while a command goes on."""
         self.num_requests = 0
         self._timeout = timeout_seconds
+        self._login = _Login(access, renew)
         self._address = urlsplit(access.server)
         self._connection: http.client.HTTPConnection | None = None
-        self._ssl: ssl.SSLContext | None = None
+
+    @property
+    def access(self) -> Access:
+        """The API server, and who we are to it."""
+        return self._login.access
+
+    def another(self) -> Client:
+        """The same API server over a connection of its own: for another thread."""
+        other = Client(self.access, timeout_seconds=self._timeout)
+        other._login = self._login
+        return other
 
     def __enter__(self) -> Self:
         return self
@@ -80,6 +97,13 @@ class Client:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+    def abort(self) -> None:
+        """End what another thread is waiting for over this connection."""
+        sock = None if self._connection is None else self._connection.sock
+        if sock is not None:
+            with suppress(OSError):
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)  # TLS has nothing to say any more
 
     # Requests
 
@@ -145,21 +169,47 @@ class Client:
             "resourceVersion": version,
             "timeoutSeconds": str(max(1, int(seconds))),
         }
-        path = resource.path(namespace) + "?" + urlencode(query)
-        self.close()  # a watch has its connection for itself
-        answer = self._send("GET", path, None, {"Accept": _JSON})
         try:
-            if answer.status != 200:
-                raise self._refusal(answer.status, answer.read(), "GET", path)
-            for line in answer:
+            for line in _lines(self.stream(resource.path(namespace), query)):
                 event = json.loads(line)
                 if event["type"] == "ERROR":
                     status = event["object"]
                     raise ApiError(str(status.get("message")), status=int(status.get("code", 500)))
                 yield event["type"], event["object"]
-        except (OSError, http.client.HTTPException, ValueError):
+        except (UnreachableError, ValueError):
             return  # cut off: whoever watches looks again
+
+    def stream(self, path: str, query: Mapping[str, str], *, quiet_seconds: float | None = None) -> Iterator[bytes]:
+        """The answer to a GET, piece by piece as it arrives. Meanwhile nothing else can be asked over this connection.
+
+        Args:
+            path: what to get.
+            query: parameters.
+            quiet_seconds: longest time without a piece; that of any request unless given.
+
+        Raises:
+            ApiError: it was refused.
+            UnreachableError: the API server cannot be reached, or has cut the answer off.
+        """
+        target = f"{path}?{urlencode(query)}"
+        access = self.access
+        answer = self._send("GET", target, None, {"Accept": "*/*"})
+        if answer.status == 401 and self._login.renew(access):
+            self.close()
+            answer = self._send("GET", target, None, {"Accept": "*/*"})
+        try:
+            if answer.status != 200:
+                raise self._refusal(answer.status, answer.read(), "GET", path)
+            if quiet_seconds is not None and self._connection is not None and self._connection.sock is not None:
+                self._connection.sock.settimeout(quiet_seconds)
+            while piece := answer.read1(_PIECE_BYTES):
+                yield piece
+            if answer.length:
+                raise http.client.IncompleteRead(b"", answer.length)
+        except (OSError, http.client.HTTPException) as error:
+            raise self._unreachable(error) from error
         finally:
+            answer.close()
             self.close()
 
     def request(
@@ -183,6 +233,7 @@ class Client:
         payload = None if body is None else json.dumps(body).encode()
         headers = {"Accept": accept} | ({"Content-Type": content_type} if payload is not None else {})
         for attempt in range(_TRIES):
+            access = self.access
             answer = self._send(method, target, payload, headers)
             try:
                 content = answer.read()
@@ -191,8 +242,11 @@ class Client:
                 raise self._unreachable(error) from error
             if answer.status < 300:
                 return _decoded(content, path)
+            if answer.status == 401 and attempt == 0 and self._login.renew(access):
+                self.close()  # a client certificate belongs to a connection
+                continue
             pause = _pause(answer, attempt)
-            is_safe = answer.status == 429 or (method == "GET" and answer.status in _RETRIED)
+            is_safe = answer.status == 429 or (method == "GET" and answer.status in RETRIED)
             if not is_safe or attempt == _TRIES - 1 or pause is None:
                 raise self._refusal(answer.status, content, method, path)
             time.sleep(pause)
@@ -241,7 +295,7 @@ class Client:
         connection: http.client.HTTPConnection
         if is_tls:
             connection = _TlsConnection(
-                endpoint, timeout=self._timeout, context=self._context(), server_name=self.access.server_name
+                endpoint, timeout=self._timeout, context=self._login.context(), server_name=self.access.server_name
             )
         else:
             connection = http.client.HTTPConnection(*endpoint, timeout=self._timeout)
@@ -260,24 +314,6 @@ class Client:
             return None
         return os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
 
-    def _context(self) -> ssl.SSLContext:
-        if self._ssl is not None:
-            return self._ssl
-        access = self.access
-        try:
-            context = ssl.create_default_context(cadata=access.authority)
-            if access.is_insecure:
-                context.check_hostname = False
-                context.verify_mode = ssl.CERT_NONE
-            if access.certificate and access.key:
-                _load_certificate(context, access.certificate, access.key)
-        except (ssl.SSLError, ValueError) as error:
-            raise OsctlError(
-                f"{access.source}: a certificate or key cannot be used: {error}", hint="make the kubeconfig anew"
-            ) from error
-        self._ssl = context
-        return context
-
     # Errors
 
     def _unreachable(self, error: Exception) -> OsctlError:
@@ -294,15 +330,15 @@ class Client:
                 exit_code=ExitCode.NOT_ALLOWED,
             )
         if isinstance(error, TimeoutError | socket.timeout):
-            return OsctlError(
+            return UnreachableError(
                 f"{server} did not answer within {self._timeout:g} s",
                 hint="check the network or VPN; --timeout waits longer",
             )
         if isinstance(error, socket.gaierror):
-            return OsctlError(
+            return UnreachableError(
                 f"{server}: there is no host of that name", hint=f"check the network, or the address in {source}"
             )
-        return OsctlError(
+        return UnreachableError(
             f"{server} cannot be reached: {getattr(error, 'strerror', None) or error}",
             hint=f"check that the cluster runs, and the address in {source}",
         )
@@ -339,9 +375,33 @@ class Client:
             hint = None if is_change else "`osctl explain FIELD` tells what a field takes"
         elif status == 400:
             code = ExitCode.USAGE
-        elif status in _RETRIED:
+        elif status in RETRIED:
             hint = "the API server is busy or broken; try again later"
         return ApiError(message, status=status, reason=reason, hint=hint, exit_code=code)
+
+
+class _Login:
+    """Who we are to the API server, for all connections to it; made anew when it has expired."""
+
+    def __init__(self, access: Access, renew: Callable[[], Access] | None) -> None:
+        self.access = access
+        self._renew = renew
+        self._lock = threading.Lock()
+        self._context: tuple[Access, ssl.SSLContext] | None = None
+
+    def renew(self, refused: Access) -> bool:
+        """Whether there is another login than the refused one."""
+        with self._lock:
+            if self.access is refused and self._renew is not None:
+                self.access = self._renew()
+            return self.access != refused
+
+    def context(self) -> ssl.SSLContext:
+        """The TLS settings of the login. Raises OsctlError."""
+        with self._lock:
+            if self._context is None or self._context[0] is not self.access:
+                self._context = self.access, _tls_context(self.access)
+            return self._context[1]
 
 
 class _TlsConnection(http.client.HTTPSConnection):
@@ -363,6 +423,21 @@ class _TlsConnection(http.client.HTTPSConnection):
         self.sock = self._tls.wrap_socket(self.sock, server_hostname=self._server_name)
 
 
+def _tls_context(access: Access) -> ssl.SSLContext:
+    try:
+        context = ssl.create_default_context(cadata=access.authority)
+        if access.is_insecure:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        if access.certificate and access.key:
+            _load_certificate(context, access.certificate, access.key)
+    except (ssl.SSLError, ValueError) as error:
+        raise OsctlError(
+            f"{access.source}: a certificate or key cannot be used: {error}", hint="make the kubeconfig anew"
+        ) from error
+    return context
+
+
 def _load_certificate(context: ssl.SSLContext, certificate: str, key: str) -> None:
     """Python takes a client certificate from a file alone: it exists for a moment, and nobody else can read it."""
     with tempfile.TemporaryDirectory(prefix="osctl-") as folder:
@@ -370,6 +445,15 @@ def _load_certificate(context: ssl.SSLContext, certificate: str, key: str) -> No
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
             file.write(certificate + "\n" + key + "\n")
         context.load_cert_chain(path)
+
+
+def _lines(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    rest = b""
+    for piece in pieces:
+        *lines, rest = (rest + piece).split(b"\n")
+        yield from lines
+    if rest:
+        yield rest
 
 
 def _dry(dry_run: bool) -> dict[str, str]:

@@ -51,6 +51,10 @@ class UsageError(OsctlError):
     exit_code = ExitCode.USAGE
 
 
+class UnreachableError(OsctlError):
+    """The API server did not answer, or the connection was cut off: that may pass."""
+
+
 class ApiError(OsctlError):
     """The API server refused a request."""
 

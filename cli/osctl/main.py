@@ -24,6 +24,8 @@ from osctl.settings import DEBUG, resolve
 _CONTROL_C = 130
 _CLOSED_PIPE = 141
 """What a shell reports for a program that wrote to a pipe nobody reads."""
+COMPLETE = "_OSCTL_COMPLETE"
+"""Set by a completion script: what is asked for then is words, in the form of its shell."""
 _CLICK_ERROR: type[Any] = typer.BadParameter.__mro__[2]
 """Base of typer's errors about the command line, which it does not export."""
 
@@ -44,6 +46,9 @@ COMMANDS: Mapping[str, Command] = {
     "lint": Command("lint", "Start", "Check run files without a cluster.", asks_cluster=False),
     "get": Command("get", "Look", "List runs, sample jobs, batch searches and profiles."),
     "status": Command("status", "Look", "Tell one run's story on one screen."),
+    "watch": Command("watch", "Look", "Tell one run's story live, until it ends."),
+    "top": Command("top", "Look", "Compare what runs take and how fast they are."),
+    "logs": Command("logs", "Look", "Show what the ranks of a run have printed."),
     "wait": Command("wait", "Look", "Wait until a run is done, or a condition holds."),
     "suspend": Command("suspend", "Change", "Save, and give up the pods."),
     "resume": Command("resume", "Change", "Go on after `suspend`."),
@@ -198,6 +203,8 @@ def entry() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if os.environ.get(COMPLETE):
+        _teach_shells()
     try:
         code = typer.main.get_command(app)(_completed(words), prog_name="osctl", standalone_mode=False)
         sys.stdout.flush()
@@ -215,6 +222,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _usage_error(error)
     except Exception as error:
         return _foreign_error(error)
+
+
+def _teach_shells() -> None:
+    """Typer knows the shells by itself only where it adds options of its own to the command line."""
+    from typer import completion
+
+    vars(completion)["completion_init"]()  # typer does not say that it exports it
 
 
 def _completed(words: Sequence[str]) -> list[str]:

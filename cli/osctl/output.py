@@ -30,9 +30,9 @@ class Output:
         self.quiet = quiet
         self.verbose = verbose
 
-    def data(self, text: str) -> None:
-        """What was asked for."""
-        _write(sys.stdout, text)
+    def data(self, text: str, *, flush: bool = False) -> None:
+        """What was asked for; with `flush` a pipe has it at once."""
+        _write(sys.stdout, text, flush=flush)
 
     def note(self, text: str) -> None:
         """What helps a person; silent with `-q`."""
@@ -43,6 +43,11 @@ class Output:
         """What tells how it is done; only with `-v`."""
         if self.verbose:
             _write(sys.stderr, text)
+
+    def prompt(self, text: str) -> None:
+        """A question, which the answer follows on the same line."""
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
     def error(self, message: str, hint: str | None) -> None:
         """Why it did not work, and what to do."""
@@ -99,6 +104,8 @@ def as_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def printable(text: str) -> str:
     """Text of others, on one line and without what would move a terminal's cursor."""
+    if text.isprintable():
+        return text
     return "".join(char if char.isprintable() else " " for char in text)
 
 
@@ -107,9 +114,11 @@ def terminal_width() -> int:
     return shutil.get_terminal_size((_DEFAULT_WIDTH, 24)).columns
 
 
-def _write(stream: TextIO, text: str) -> None:
+def _write(stream: TextIO, text: str, *, flush: bool = False) -> None:
     try:
         stream.write(text + "\n")
+        if flush:
+            stream.flush()
     except BrokenPipeError as error:
         raise OutputClosedError from error
     except UnicodeEncodeError:  # a terminal of another encoding shows what it can

@@ -10,6 +10,7 @@ from osctl.settings import Resolved, Settings
 
 if TYPE_CHECKING:  # imported late: commands that ask no API server start without TLS
     from osctl.client import Client
+    from osctl.kubeconfig import Access
 
 
 class Session:
@@ -30,9 +31,12 @@ class Session:
         from osctl.client import Client
         from osctl.kubeconfig import find_access
 
-        access = find_access(self.settings.kubeconfig, context=self.settings.context)
+        def log_in() -> Access:
+            return find_access(self.settings.kubeconfig, context=self.settings.context)
+
+        access = log_in()
         self.output.detail(f"{access.server}, context {access.context or 'none'} of {access.source}")
-        return Client(access, timeout_seconds=self.settings.timeout_seconds)
+        return Client(access, timeout_seconds=self.settings.timeout_seconds, renew=log_in)
 
     @cached_property
     def namespace(self) -> str:

@@ -16,8 +16,8 @@ from opensora_operator.views import PodView
 from opensora_operator.wire import WireError, from_wire, parse_time
 
 from osctl.client import Object
-from osctl.errors import OsctlError
 from osctl.output import Style, as_table, printable
+from osctl.targets import read_status, unreadable
 
 _SILENT_OPERATOR_SECONDS = 30.0
 """An operator that works answers a change within a second or two."""
@@ -26,6 +26,15 @@ _MAX_WORDS = 8
 _MAX_PODS = 8
 Paint = Callable[[str, Style], str]
 _PHASES: dict[str, Style] = {"Succeeded": "good", "Running": "good", "Failed": "bad", "Restarting": "warn"}
+_BAD_STATES = (
+    (ConditionType.FAILED, "True"),
+    (ConditionType.ACCEPTED, "False"),
+    (ConditionType.RESTARTING, "True"),
+    (ConditionType.SUSPENDED, "True"),
+    (ConditionType.SCHEDULED, "False"),
+    (ConditionType.RUNNING, "False"),
+    (ConditionType.PROGRESSING, "False"),
+)
 _ENDED_WELL = (Reason.ALL_RANKS_SUCCEEDED, Reason.RANK_ZERO_SUCCEEDED)
 
 
@@ -87,12 +96,9 @@ def tell(body: Object, pods: Sequence[PodView] | None, *, now: float, unseen: Se
     """
     try:
         spec = from_wire(TrainingRunSpec, body.get("spec") or {}, path="spec")
-        status = from_wire(TrainingRunStatus, body.get("status") or {}, path="status")
     except WireError as error:
-        raise OsctlError(
-            f"this osctl cannot read the run: {error}",
-            hint="the operator may be of another version: update osctl, or use `osctl get tr NAME -o yaml`",
-        ) from error
+        raise unreadable(body, error) from error
+    status = read_status(body)
     created = parse_time(body["metadata"]["creationTimestamp"])
     return Story(
         name=body["metadata"]["name"],
@@ -101,8 +107,8 @@ def tell(body: Object, pods: Sequence[PodView] | None, *, now: float, unseen: Se
         since=max(0.0, (status.ended_at or now) - created),
         run_uri=spec.run_uri,
         next=_next_step(body, spec, status, now=now, waited=now - created),
-        failure=_newest_failure(status),
-        pods=tuple(_pod_line(pod) for pod in pods or () if pod.attempt == max(1, status.attempt)),
+        failure=newest_failure(status),
+        pods=tuple(pod_state(pod) for pod in pods or () if pod.attempt == max(1, status.attempt)),
         unseen=tuple(unseen),
         status=status,
         spec=spec,
@@ -139,6 +145,22 @@ def as_text(story: Story, *, width: int, now: float, paint: Paint) -> str:
     parts += [f"not seen: {words}" for words in story.unseen]
     parts.append(_wrapped(f"next: {story.next}", width).replace("next:", paint("next:", "bold"), 1))
     return "\n\n".join(part for part in parts if part)
+
+
+def as_line(story: Story) -> str:
+    """The state in one line, without ages: two lines differ only where the run has changed."""
+    status, progress = story.status, story.status.progress
+    total = f" of {progress.total_steps}" if progress.total_steps is not None else ""
+    parts = [
+        story.phase,
+        f"attempt {status.attempt}" if status.attempt > 1 else "",
+        f"step {progress.step}{total}" if progress.step is not None else "",
+        f"loss {progress.loss}" if progress.loss else "",
+        f"{progress.seconds_per_step} s/step" if progress.seconds_per_step else "",
+        f"checkpoint of step {status.checkpoint.latest_step}" if status.checkpoint.latest_step is not None else "",
+    ]
+    reason = _reason(status)
+    return f"{story.name}: " + ", ".join(part for part in parts if part) + (f"; {reason}" if reason else "")
 
 
 # -------------------------------------------------------------------------------------------------- the next thing
@@ -192,6 +214,17 @@ def _trouble(status: TrainingRunStatus, kind: ConditionType) -> str:
     return f"{found.message}. {remedy}" if remedy and found.message else remedy
 
 
+def _reason(status: TrainingRunStatus) -> str:
+    """The condition that matters most of those that are not as in a run that goes on; empty where there is none."""
+    if status.phase == "Succeeded":
+        return ""
+    for kind, bad in _BAD_STATES:
+        found = find(status.conditions, kind)
+        if found is not None and found.status == bad:
+            return printable(f"{found.reason}: {found.message}" if found.message else found.reason)
+    return ""
+
+
 def _remedy(status: TrainingRunStatus, kind: ConditionType) -> str:
     found = find(status.conditions, kind)
     try:
@@ -201,7 +234,8 @@ def _remedy(status: TrainingRunStatus, kind: ConditionType) -> str:
     return "" if explanation is None or explanation.remedy == "Nothing to do." else explanation.remedy
 
 
-def _newest_failure(status: TrainingRunStatus) -> Failure | None:
+def newest_failure(status: TrainingRunStatus) -> Failure | None:
+    """The first rank that failed in the newest attempt that did."""
     for record in reversed(status.attempts):
         if _is_failure(record):
             return Failure(
@@ -216,13 +250,8 @@ def _newest_failure(status: TrainingRunStatus) -> Failure | None:
     return None
 
 
-def _is_failure(record: AttemptStatus) -> bool:
-    if record.cause is None or record.cause in _ENDED_WELL or record.cause == Reason.CANCELLED:
-        return False
-    return budget_of(record.cause, accused_by_rank=record.rank is not None) == "failures"
-
-
-def _pod_line(pod: PodView) -> PodLine:
+def pod_state(pod: PodView) -> PodLine:
+    """How a pod is, in words."""
     if pod.deleting_since is not None and pod.is_live:
         state, message = "Ending", ""
     elif pod.exit_code is not None:
@@ -234,6 +263,12 @@ def _pod_line(pod: PodView) -> PodLine:
     else:
         state, message = pod.waiting_reason or pod.phase, pod.waiting_message
     return PodLine(name=pod.name, node=pod.node, state=state, message=message)
+
+
+def _is_failure(record: AttemptStatus) -> bool:
+    if record.cause is None or record.cause in _ENDED_WELL or record.cause == Reason.CANCELLED:
+        return False
+    return budget_of(record.cause, accused_by_rank=record.rank is not None) == "failures"
 
 
 # ------------------------------------------------------------------------------------------------------------- text

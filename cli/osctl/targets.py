@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from opensora_operator.api import TRAINING_RUN, Kind
+from opensora_operator.api import TRAINING_RUN, Kind, TrainingRunStatus
 from opensora_operator.constants import GROUP
 from opensora_operator.reasons import Reason
 from opensora_operator.status import TERMINAL, duration
-from opensora_operator.wire import parse_time
+from opensora_operator.wire import WireError, from_wire, parse_time
 
 from osctl.client import Object
 from osctl.errors import ExitCode, OsctlError, UsageError
@@ -62,6 +62,22 @@ def fetch(session: Session, target: Target) -> Object:
 def phase_of(body: Object) -> str:
     """The object's phase; empty before the operator has looked at it."""
     return str((body.get("status") or {}).get("phase") or "")
+
+
+def read_status(body: Object) -> TrainingRunStatus:
+    """The status of a run. Raises OsctlError for one that this osctl cannot read."""
+    try:
+        return from_wire(TrainingRunStatus, body.get("status") or {}, path="status")
+    except WireError as error:
+        raise unreadable(body, error) from error
+
+
+def unreadable(body: Object, error: WireError) -> OsctlError:
+    """The error for an object of another version."""
+    return OsctlError(
+        f"this osctl cannot read {body['metadata']['name']}: {error}",
+        hint="the operator may be of another version: update osctl, or use `osctl get tr NAME -o yaml`",
+    )
 
 
 def is_over(body: Object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -9,15 +10,17 @@ from dataclasses import dataclass
 
 from opensora_operator.status import duration
 
-from osctl.client import Object
-from osctl.errors import ApiError, ExitCode, OsctlError, UsageError
+from osctl.client import RETRIED, Client, Object
+from osctl.errors import ApiError, ExitCode, OsctlError, UnreachableError, UsageError
 from osctl.kinds import resource_of
 from osctl.session import Session
-from osctl.targets import Target, condition, fetch, is_over, outcome, phase_of
+from osctl.targets import Target, condition, is_over, outcome, phase_of
 
 _POLL_SECONDS = 2.0
 """Pause between looks where watching is not allowed, or a watch was cut off."""
 _WATCH_SECONDS = 300.0
+_OUTAGE_SECONDS = 600.0
+"""Longest time that an API server may be away while something is waited for: as long as its update takes."""
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0, "": 1.0}
 
 
@@ -33,7 +36,11 @@ def wait_for(session: Session, place: Target, wanted: Goal, *, seconds: float) -
     """Return when it is so. Raises OsctlError, with the exit code that says why it will not be."""
     deadline = time.monotonic() + seconds
     last = ""
-    for body in _versions(session, place, deadline):
+
+    def say(trouble: OsctlError) -> None:
+        session.output.note(f"{trouble.message}; trying again")
+
+    for body in versions(session.client, session.namespace, place, deadline=deadline, on_trouble=say):
         if body is None:
             raise OsctlError(f"{place.name} was deleted meanwhile", exit_code=ExitCode.NOT_FOUND)
         phase = phase_of(body)
@@ -77,11 +84,11 @@ def parse_goal(text: str) -> Goal:
     )
 
 
-def parse_duration(text: str) -> float:
-    """Seconds of `90s`, `10m`, `2h`, `1d` or `90`. Raises UsageError."""
+def parse_duration(text: str, *, flag: str = "--timeout") -> float:
+    """Seconds of `90s`, `10m`, `2h`, `1d` or `90`, given with a flag. Raises UsageError."""
     match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd]?)", text)
     if match is None:
-        raise UsageError(f"--timeout {text!r} is no time", hint="give a number with s, m, h or d, such as 10m")
+        raise UsageError(f"{flag} {text!r} is no time", hint="give a number with s, m, h or d, such as 10m")
     return float(match[1]) * _UNITS[match[2]]
 
 
@@ -90,39 +97,68 @@ def _step(body: Object) -> int:
     return step if isinstance(step, int) else -1
 
 
-def _versions(session: Session, place: Target, deadline: float) -> Iterator[Object | None]:
-    """The object as it is, and again after every change until the deadline; None once it is gone."""
+def versions(
+    client: Client,
+    namespace: str,
+    place: Target,
+    *,
+    deadline: float = math.inf,
+    on_trouble: Callable[[OsctlError], None] = lambda error: None,
+    sleep: Callable[[float], object] = time.sleep,
+) -> Iterator[Object | None]:
+    """The object as it is, and again after every change until the deadline; None once it is gone.
+
+    An API server that is away for a while is waited for, after it has answered once.
+
+    Args:
+        client: of the thread that this runs in.
+        namespace: of the object.
+        place: the object.
+        deadline: monotonic time at which it ends.
+        on_trouble: told when the API server goes away, once each time.
+        sleep: pauses between looks; where it returns something true, it ends.
+    """
     may_watch = True
     seen = ""
+    away_since: float | None = None
     while True:
         try:
-            body = fetch(session, place)
-        except ApiError as error:
-            if error.status == 404 and seen:
+            body = client.get(resource_of(place.kind), namespace, place.name)
+        except (ApiError, UnreachableError) as error:
+            if isinstance(error, ApiError) and error.status == 404 and seen:
                 yield None
-            raise
-        if seen and body["metadata"]["uid"] != seen:
-            yield None  # another object of the same name
-        seen = body["metadata"]["uid"]
-        yield body
-        left = deadline - time.monotonic()
-        if left <= 0:
-            return
-        if may_watch:
-            try:
-                for kind, changed in session.client.watch(
-                    resource_of(place.kind),
-                    session.namespace,
-                    place.name,
-                    version=body["metadata"]["resourceVersion"],
-                    seconds=min(left, _WATCH_SECONDS),
-                ):
-                    yield None if kind == "DELETED" else changed
-                    if time.monotonic() >= deadline:
-                        return
-            except ApiError as error:
-                may_watch = error.status == 410
+                return
+            now = time.monotonic()
+            is_passing = isinstance(error, UnreachableError) or error.status in RETRIED
+            if not seen or not is_passing or now - (away_since or now) > _OUTAGE_SECONDS:
+                raise
+            if away_since is None:
+                away_since = now
+                on_trouble(error)
+        else:
+            away_since = None
+            if seen and body["metadata"]["uid"] != seen:
+                yield None  # another object of the same name
+                return
+            seen = body["metadata"]["uid"]
+            yield body
+            if may_watch:
+                try:
+                    yield from _changes(client, namespace, place, body, deadline)
+                except ApiError as error:
+                    may_watch = error.status in (410, *RETRIED)
         pause = min(_POLL_SECONDS, deadline - time.monotonic())
-        if pause <= 0:
+        if pause <= 0 or sleep(pause):
             return
-        time.sleep(pause)
+
+
+def _changes(client: Client, namespace: str, place: Target, body: Object, deadline: float) -> Iterator[Object | None]:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        return
+    version = body["metadata"]["resourceVersion"]
+    seconds = min(left, _WATCH_SECONDS)
+    for kind, changed in client.watch(resource_of(place.kind), namespace, place.name, version=version, seconds=seconds):
+        yield None if kind == "DELETED" else changed
+        if time.monotonic() >= deadline:
+            return

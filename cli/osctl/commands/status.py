@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 
-from opensora_operator.constants import LABEL_UID
-from opensora_operator.views import PodView, view_pod
-
-from osctl.client import PODS
-from osctl.errors import ApiError
 from osctl.options import Format, OutputFormat, RunName
 from osctl.output import as_json, as_yaml, terminal_width
+from osctl.pods import UNSEEN, list_pods
 from osctl.session import Session
 from osctl.story import as_data, as_text, tell
 from osctl.targets import fetch, parse_run
@@ -26,10 +21,9 @@ def status(session: Session, run: RunName, output: OutputFormat = None) -> None:
     Examples: `osctl status first`, `osctl status first -o json`.
     """
     body = fetch(session, parse_run(run))
-    unseen: list[str] = []
-    pods = _pods(session, str(body["metadata"]["uid"]), unseen)
+    pods = list_pods(session.client, session.namespace, body)
     now = time.time()
-    story = tell(body, pods, now=now, unseen=unseen)
+    story = tell(body, pods, now=now, unseen=() if pods is not None else (UNSEEN,))
     chosen = output or Format(session.settings.output)
     if chosen in (Format.JSON, Format.YAML):
         data = as_data(story, body)
@@ -38,16 +32,3 @@ def status(session: Session, run: RunName, output: OutputFormat = None) -> None:
         session.output.data(str(parse_run(run)))
     else:
         session.output.data(as_text(story, width=terminal_width(), now=now, paint=session.output.styled))
-
-
-def _pods(session: Session, uid: str, unseen: list[str]) -> Sequence[PodView] | None:
-    try:
-        found = session.client.list(PODS, session.namespace, labels=f"{LABEL_UID}={uid}")
-    except ApiError as error:
-        if error.status != 403:
-            raise
-        unseen.append("pods, since you may not list them")
-        return None
-    return sorted(
-        (view for body in found if (view := view_pod(body)) is not None), key=lambda view: (view.attempt, view.index)
-    )

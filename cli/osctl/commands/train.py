@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
+from osctl.changing import asks, change
 from osctl.checks import check
 from osctl.client import Object
-from osctl.errors import OsctlError, UsageError
+from osctl.errors import ExitCode, OsctlError, UsageError
 from osctl.forecast import Files, forecast
 from osctl.manifests import (
     RUN,
@@ -25,9 +26,10 @@ from osctl.options import DryRun, DryRunOption, Format, OutputFormat
 from osctl.output import as_json, as_yaml
 from osctl.session import Session
 from osctl.surroundings import InCluster
-from osctl.targets import parse_target
+from osctl.targets import Target, parse_target
 from osctl.validation import schema_of, with_defaults
 from osctl.waiting import parse_goal, wait_for
+from osctl.watching import LeftError, watch_run
 
 _A_LONG_TIME = 365 * 86_400.0
 
@@ -50,9 +52,12 @@ def train(
     profile: Annotated[str | None, typer.Option("--profile", help="ClusterTrainingProfile.")] = None,
     suspend: Annotated[bool, typer.Option("--suspend", help="Create it suspended.")] = False,
     wait: Annotated[bool, typer.Option("--wait", "-w", help="Wait until it is done, and end as it ends.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Show it live, as `watch` does, and end as it ends.")
+    ] = False,
     dry_run: DryRunOption = None,
     output: OutputFormat = None,
-) -> None:
+) -> ExitCode | None:
     """Submit a training run.
 
     FILE is a TrainingRun as `kubectl apply` takes it, with the profiles and ConfigMaps that belong to it, or a config
@@ -60,6 +65,9 @@ def train(
 
     `--dry-run` prints every object that the operator would create, by the operator's own planner: with `client` from
     the file alone, with `server` also with what the cluster has.
+
+    With `--follow`, q or Ctrl-C leaves the view and the run goes on. On a terminal it is then asked whether the run
+    shall stop as well; Enter, or another Ctrl-C, lets it go on.
 
     Examples: `osctl train run.yaml`, `osctl train stage1.py --run-uri s3://bucket/runs/a --nodes 4 --set
     train.steps=1000`, `osctl train run.yaml --dry-run`.
@@ -78,17 +86,36 @@ def train(
     )
     objects = _objects(session, file, given)
     runs = runs_of(objects, source=file)
-    if wait and len(runs) > 1:
-        raise UsageError(f"--wait with {len(runs)} runs", hint="submit them, then `osctl wait` for each")
+    if (wait or follow) and len(runs) > 1:
+        flag = "--follow" if follow else "--wait"
+        raise UsageError(f"{flag} with {len(runs)} runs", hint="submit them, then `osctl wait` for each")
+    if follow and output in (Format.JSON, Format.YAML):
+        raise UsageError(f"--follow with -o {output.value}", hint="--wait prints nothing but the object")
     _check(session, objects)
     if dry_run is not None:
         _print_forecast(session, objects, runs, dry_run=dry_run, output=output)
-        return
+        return None
     for body in objects:
         created = _create(session, body, dry_run=False)
         _print_created(session, created, output)
+    target = parse_target(runs[0]["metadata"]["name"])
+    if follow:
+        return _follow(session, target)
     if wait:
-        wait_for(session, parse_target(runs[0]["metadata"]["name"]), parse_goal("complete"), seconds=_A_LONG_TIME)
+        wait_for(session, target, parse_goal("complete"), seconds=_A_LONG_TIME)
+    return None
+
+
+def _follow(session: Session, target: Target) -> ExitCode:
+    """The live view, and what happens when somebody leaves it."""
+    try:
+        return watch_run(session, target)
+    except LeftError:
+        session.output.note(f"{target.name} goes on; `osctl watch {target.name}` comes back to it")
+    if not asks(session, "Stop the run as well?"):
+        raise typer.Abort
+    change(session, target, {"requests": {"stop": True}}, done="saves and ends", dry_run=None)
+    return ExitCode.CANCELLED
 
 
 def _objects(session: Session, file: str, given: Choices) -> list[Object]:

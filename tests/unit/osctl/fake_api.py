@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,6 +13,10 @@ from typing import Any, Self
 import yaml
 
 RUNS = "/apis/opensora.dev/v1alpha1/namespaces/team/trainingruns"
+
+
+class CutError(Exception):
+    """The connection breaks here."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,10 @@ class Request:
 
 @dataclass
 class FakeApi:
-    """Answers by method and path; anything else is an unknown path."""
+    """Answers by method and path; anything else is an unknown path.
+
+    An answer may be a function of the request; what it returns is answered, and an iterator of bytes as a stream.
+    """
 
     answers: dict[tuple[str, str], list[tuple[int, Any]]] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
@@ -46,6 +54,9 @@ class FakeApi:
                 request = Request(self.command, path, query, body, dict(self.headers.items()))
                 api.requests.append(request)
                 status, answer = api.answer(request)
+                if isinstance(answer, Iterator):
+                    self.stream(answer)
+                    return
                 content = answer.encode() if isinstance(answer, str) else json.dumps(answer).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(content)))
@@ -53,6 +64,18 @@ class FakeApi:
                     self.send_header("Retry-After", "0")
                 self.end_headers()
                 self.wfile.write(content)
+
+            def stream(self, pieces: Iterator[bytes]) -> None:
+                """An answer that arrives bit by bit. CutError ends it without its end, as a broken connection does."""
+                self.send_response(200)
+                self.send_header("Transfer-Encoding", "chunked")
+                self.end_headers()
+                try:
+                    for piece in pieces:
+                        self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+                    self.wfile.write(b"0\r\n\r\n")
+                except (CutError, OSError):  # OSError: the client has gone away
+                    self.close_connection = True
 
             do_GET = do_POST = do_PATCH = do_DELETE = handle_any  # noqa: N815  (the base class calls them so)
 
@@ -82,7 +105,10 @@ class FakeApi:
         known = self.answers.get((request.method, request.path))
         if known is None:
             return 404, "404 page not found"
-        return known.pop(0) if len(known) > 1 else known[0]
+        status, answer = known.pop(0) if len(known) > 1 else known[0]
+        if callable(answer):
+            answer = answer(request)
+        return answer if isinstance(answer, tuple) else (status, answer)
 
     def writes(self) -> list[tuple[str, str, Any]]:
         """What would have changed something."""

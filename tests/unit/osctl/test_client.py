@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import socket
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from fake_api import RUNS, FakeApi, refusal
+from fake_api import RUNS, CutError, FakeApi, Request, refusal
 from osctl.client import Client, Resource
-from osctl.errors import ApiError, ExitCode, OsctlError
+from osctl.errors import ApiError, ExitCode, OsctlError, UnreachableError
 from osctl.kubeconfig import Access
 
 RUN = Resource("opensora.dev/v1alpha1", "trainingruns", "TrainingRun")
@@ -119,3 +121,98 @@ def test_an_answer_of_something_else_is_no_traceback(api: FakeApi) -> None:
 )
 def test_names_cannot_leave_their_place_in_a_path(namespace: str | None, name: str | None, path: str) -> None:
     assert RUN.path(namespace, name) == path
+
+
+# ------------------------------------------------------------------------------------------------------------- streams
+
+
+def test_a_stream_arrives_bit_by_bit(api: FakeApi) -> None:
+    gate = threading.Event()
+
+    def pieces() -> Iterator[bytes]:
+        yield b"one"
+        assert gate.wait(10)
+        yield b"two"
+
+    api.on("GET", "/log", lambda request: pieces())
+    with _client(api) as client:
+        stream = client.stream("/log", {"follow": "true"})
+        assert next(stream) == b"one"
+        gate.set()
+        assert list(stream) == [b"two"]
+    assert api.requests[0].query == "follow=true"
+
+
+def test_a_stream_that_is_cut_off_is_told_from_one_that_ends(api: FakeApi) -> None:
+    def pieces() -> Iterator[bytes]:
+        yield b"one"
+        raise CutError
+
+    api.on("GET", "/log", lambda request: pieces())
+    with _client(api) as client:
+        stream = client.stream("/log", {})
+        assert next(stream) == b"one"
+        with pytest.raises(UnreachableError):
+            next(stream)
+
+
+def test_a_quiet_stream_is_given_up_after_its_own_time(api: FakeApi) -> None:
+    gate = threading.Event()
+
+    def pieces() -> Iterator[bytes]:
+        yield b"one"
+        gate.wait(10)
+
+    api.on("GET", "/log", lambda request: pieces())
+    with _client(api) as client, pytest.raises(UnreachableError):
+        list(client.stream("/log", {}, quiet_seconds=0.05))
+    gate.set()
+
+
+def test_another_thread_can_end_a_stream(api: FakeApi) -> None:
+    gate = threading.Event()
+
+    def pieces() -> Iterator[bytes]:
+        yield b"one"
+        gate.wait(10)
+
+    api.on("GET", "/log", lambda request: pieces())
+    with _client(api) as client:
+        stream = client.stream("/log", {})
+        next(stream)
+        threading.Thread(target=client.abort).start()
+        with pytest.raises(UnreachableError):
+            next(stream)
+    gate.set()
+
+
+# --------------------------------------------------------------------------------------------------------------- login
+
+
+def test_a_login_that_expires_is_made_anew_once_for_all_connections(api: FakeApi) -> None:
+    def answer(request: Request) -> Any:
+        if request.headers["Authorization"] != "Bearer fresh":
+            return refusal(401, "Unauthorized", "expired")
+        return iter([b"a line"]) if request.path == "/log" else {"kind": "TrainingRun"}
+
+    api.on("GET", FIRST, answer)
+    api.on("GET", "/log", answer)
+    renewals: list[Access] = []
+
+    def renew() -> Access:
+        renewals.append(Access(server=api.url, namespace="team", source="a file", token="fresh"))
+        return renewals[-1]
+
+    with _client(api, renew=renew) as client, client.another() as other:
+        assert client.get(RUN, "team", "first")["kind"] == "TrainingRun"
+        assert list(other.stream("/log", {})) == [b"a line"]
+    assert len(renewals) == 1
+
+
+def test_a_login_that_stays_refused_is_not_tried_for_ever(api: FakeApi) -> None:
+    api.on("GET", FIRST, refusal(401, "Unauthorized", "no"))
+    access = Access(server=api.url, namespace="team", source="a file", token="secret")
+    with _client(api, renew=lambda: access) as client, pytest.raises(ApiError) as caught:
+        client.get(RUN, "team", "first")
+    assert caught.value.exit_code == ExitCode.NOT_ALLOWED
+    assert len(api.requests) == 1

@@ -181,6 +181,16 @@ def test_wait_for_a_run_that_is_deleted_ends_with_3(api: FakeApi, osctl: Any) ->
     assert osctl("wait", "first", "--timeout", "10s").code == 3
 
 
+def test_wait_outlasts_an_api_server_that_is_away(api: FakeApi, osctl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("osctl.waiting._POLL_SECONDS", 0.01)
+    away = [refusal(429, "TooManyRequests", "busy")] * 9
+    api.on("GET", FIRST, _run(), *away, (200, _run("Succeeded")))
+    api.on("GET", RUNS, away[0])
+    result = osctl("wait", "first", "--timeout", "60s")
+    assert (result.code, result.out) == (0, "trainingrun.opensora.dev/first complete\n")
+    assert result.err == "first: Running\nbusy; trying again\nfirst: Succeeded\n"
+
+
 @pytest.mark.parametrize(
     "words", [("--for", "ready"), ("--for", "step>=x"), ("--timeout", "soon"), ("--timeout", "-1s")]
 )
