@@ -10,7 +10,6 @@ from typing import Literal
 from opensora import records
 from opensora.checkpoint.manifest import MANIFEST_NAME, CheckpointInfo, find_checkpoint, find_checkpoints
 from opensora.storage import ObjectInfo, Storage
-
 from osctl.downloads import Item
 from osctl.errors import ExitCode, OsctlError, UsageError
 

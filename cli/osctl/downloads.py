@@ -19,7 +19,6 @@ from typing import IO, Literal
 
 from opensora.errors import ObjectChangedError, ObjectNotFoundError
 from opensora.storage import ObjectInfo, Storage
-
 from osctl.errors import ExitCode, OsctlError
 
 PARTS_FOLDER = ".osctl-pull"
@@ -194,7 +193,7 @@ class Downloads:
 
 
 def place(target: Path, path: str, *, windows: bool = os.name == "nt") -> Path:
-    """The file of an object below a folder. Raises UnsafeNameError for names that lead elsewhere or that no file has."""
+    """An object's file in a folder. Raises UnsafeNameError for names that lead elsewhere or that no file takes."""
     parts = path.split("/")
     if any(part in ("", ".", "..") or any(ord(char) < 32 or ord(char) == 127 for char in part) for part in parts):
         raise UnsafeNameError(f"{path!r} is no name for a file below {target}")
