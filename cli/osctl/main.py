@@ -45,6 +45,7 @@ COMMANDS: Mapping[str, Command] = {
     "get": Command("get", "Look", "List runs, sample jobs, batch searches and profiles."),
     "status": Command("status", "Look", "Tell one run's story on one screen."),
     "samples": Command("samples", "Look", "Show the samples of a run or a sample job."),
+    "tb": Command("tb", "Look", "Run TensorBoard on the metrics of a run."),
     "pull": Command("pull", "Look", "Copy checkpoints, samples, logs and metrics from the run directory."),
     "wait": Command("wait", "Look", "Wait until a run is done, or a condition holds."),
     "suspend": Command("suspend", "Change", "Save, and give up the pods."),

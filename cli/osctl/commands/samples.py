@@ -94,7 +94,9 @@ def _find(session: Session, word: str, step: str | None) -> tuple[str, Round]:
             return directory.name, find_round(directory.storage, step=wanted)
         spec = fetch(session, target)["spec"]
         directory = None
-        found = read_folder(open_storage(session, spec["outputUri"], spec))
+        found = read_folder(
+            open_storage(spec["outputUri"], spec, patience_seconds=session.settings.store_patience_seconds)
+        )
     if wanted is not None:
         raise UsageError(f"--step with {word}", hint="a sample job samples one checkpoint; leave --step out")
     return (directory.name if directory is not None else parse_target(word).name), found

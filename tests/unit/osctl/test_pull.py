@@ -13,10 +13,7 @@ import pytest
 from fake_api import RUNS, FakeApi
 from osctl.downloads import PARTS_FOLDER, Downloads, Item, UnsafeNameError, place
 from osctl.errors import OsctlError
-from osctl.output import Output
 from osctl.run_directory import open_storage
-from osctl.session import Session
-from osctl.settings import resolve
 from run_folder import add_checkpoint, content_of, make_run
 
 from opensora.checkpoint.manifest import find_checkpoint
@@ -144,13 +141,12 @@ def test_the_directory_of_a_run_of_the_cluster(api: FakeApi, osctl: Any, tmp_pat
 
 
 def test_the_endpoint_of_this_machine_goes_before_that_of_the_run(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = Session(resolve({}), Output())
     monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
     monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
     spec = {"storage": {"endpoint": "http://store.svc:8333"}}
-    assert open_storage(session, "s3://bucket/run", spec).config.endpoint_url == "http://store.svc:8333"
+    assert open_storage("s3://bucket/run", spec).config.endpoint_url == "http://store.svc:8333"
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    assert open_storage(session, "s3://bucket/run", spec).config.endpoint_url is None
+    assert open_storage("s3://bucket/run", spec).config.endpoint_url is None
 
 
 # ----------------------------------------------------------------------------------------------------- hostile names
