@@ -43,6 +43,7 @@ COMMANDS: Mapping[str, Command] = {
     "train": Command("train", "Start", "Submit a training run."),
     "sample": Command("sample", "Start", "Sample clips from a checkpoint."),
     "search": Command("search", "Start", "Find the batch size of every bucket, or show what was found."),
+    "init": Command("init", "Start", "Write the files of a new run.", asks_cluster=False),
     "lint": Command("lint", "Start", "Check run files without a cluster.", asks_cluster=False),
     "get": Command("get", "Look", "List runs, sample jobs, batch searches and profiles."),
     "status": Command("status", "Look", "Tell one run's story on one screen."),
