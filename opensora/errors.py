@@ -78,6 +78,10 @@ class ObjectNotFoundError(StorageError):
     exit_code = ExitCode.DATA
 
 
+class ObjectChangedError(StorageError):
+    """The object is no longer the one that was asked for: somebody replaced it meanwhile."""
+
+
 class StorageUnavailableError(StorageError):
     """The store did not answer within the retry deadline."""
 

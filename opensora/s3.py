@@ -15,7 +15,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import Any, TypeVar
@@ -30,7 +30,7 @@ from fsspec.asyn import sync
 
 from opensora.config.train import StorageConfig
 from opensora.errors import ObjectNotFoundError, StorageAccessError, StorageError, StorageUnavailableError
-from opensora.storage import Entry, Piece
+from opensora.storage import Entry, Piece, changed_error
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,8 @@ _MAX_PARTS = 10_000
 _NUM_STREAMS = 8
 _SLOWEST_BYTES_PER_SECOND = 128 * 1024
 """A request that is slower counts as stuck. aiohttp has no timeout of its own for a peer that stops reading."""
+_READ_BYTES = 256 * 1024
+"""What a body is read by: joining the pieces of a whole part costs more than receiving them."""
 _FIRST_DELAY_SECONDS = 0.2
 _LONGEST_DELAY_SECONDS = 5.0
 _DELETES_PER_REQUEST = 1000
@@ -217,7 +219,7 @@ class Connection:
         self._fs.retries = 1
 
     def call(self, method: str, *, size: int = 0, **arguments: Any) -> dict[str, Any]:
-        """One request, tried once; `size` is the number of bytes it moves. A body is read and put into the answer.
+        """One request, tried once; `size` is the number of bytes it moves. A body is put into the answer in pieces.
 
         Raises TransientError, PreconditionError, RangeError, LostUploadError or a StorageError of ours.
         """
@@ -232,7 +234,7 @@ class Connection:
             answer: dict[str, Any] = await self._fs._call_s3(method, **arguments)
             if "Body" in answer:
                 async with answer["Body"] as body:
-                    answer["Body"] = await body.read()
+                    answer["Body"] = [chunk async for chunk in _small_chunks(body)]
         return answer
 
     def _translate(self, error: Exception, method: str, arguments: dict[str, Any]) -> Exception:
@@ -306,36 +308,49 @@ class S3Objects:
         return f"s3://{key}"
 
     def piece(self, key: str, start: int, length: int, *, etag: str | None = None) -> Piece:
+        chunks, total, tag = self._range(key, start, length, etag=etag)
+        return Piece(b"".join(chunks), total, tag)
+
+    def _range(self, key: str, start: int, length: int, *, etag: str | None) -> tuple[list[bytes], int, str | None]:
+        """A range in pieces, the size of the object, and its ETag."""
         if length == 0:
             _, total, _, tag = self.info(key)
-            return Piece(b"", total, tag)
+            return [], total, tag
         arguments = {"Range": f"bytes={start}-{start + length - 1}"} | ({"IfMatch": etag} if etag else {})
         try:
             answer = self._request("get_object", key=key, size=length, **arguments)
         except RangeError:
             # Also the answer for any range of an empty object.
             _, total, _, tag = self.info(key)
-            return Piece(b"", total, tag)
+            return [], total, tag
         except PreconditionError as error:
-            raise StorageError(f"{self.uri(key)} was replaced while it was read", hint="read it again") from error
+            raise changed_error(self.uri(key)) from error
         _, slash, total_text = str(answer.get("ContentRange", "")).rpartition("/")
-        data: bytes = answer["Body"]
-        return Piece(data, int(total_text) if slash else len(data), answer.get("ETag"))
+        chunks: list[bytes] = answer["Body"]
+        return chunks, int(total_text) if slash else sum(map(len, chunks)), answer.get("ETag")
 
-    def chunks(self, key: str) -> Iterator[bytes]:
-        first = self.piece(key, 0, PART_BYTES)
-        yield first.data
-        starts = range(len(first.data), first.total, PART_BYTES)
+    def chunks(self, key: str, *, start: int = 0, known: Entry | None = None) -> Iterator[bytes]:
+        if known is None:
+            first, total, etag = self._range(key, start, PART_BYTES, etag=None)
+            yield from first
+            start += sum(map(len, first))
+        else:
+            _, total, _, etag = known
+        starts = range(start, total, PART_BYTES)
 
-        def fetch(start: int) -> bytes:
-            length = min(PART_BYTES, first.total - start)
-            data = self.piece(key, start, length, etag=first.etag).data
-            if len(data) != length:
-                raise StorageError(f"{self.uri(key)}: got {len(data)} of {length} bytes at {start}")
-            return data
+        def fetch(start: int) -> list[bytes]:
+            length = min(PART_BYTES, total - start)
+            chunks, new_total, _ = self._range(key, start, length, etag=etag)
+            if new_total != total:  # of a store that has no ETags
+                raise changed_error(self.uri(key))
+            count = sum(map(len, chunks))
+            if count != length:
+                raise StorageError(f"{self.uri(key)}: got {count} of {length} bytes at {start}")
+            return chunks
 
         if starts:
-            yield from _in_order(fetch, starts)
+            for chunks in _in_order(fetch, starts):
+                yield from chunks
 
     def info(self, key: str) -> Entry:
         answer = self._request("head_object", key=key)
@@ -509,6 +524,11 @@ def _in_order(work: Callable[[int], _T], starts: Iterable[int]) -> Iterator[_T]:
         finally:
             for future in waiting:
                 future.cancel()
+
+
+async def _small_chunks(body: Any) -> AsyncIterator[bytes]:
+    while chunk := await body.read(_READ_BYTES):
+        yield chunk
 
 
 def _uri(bucket: str, name: str) -> str:

@@ -114,7 +114,7 @@ def own_shard(config: SampleConfig, environment: Mapping[str, str]) -> tuple[int
 
 def _show_sheet(outcome: Outcome, config: SampleConfig) -> None:
     """On a terminal with colours; elsewhere its address is enough."""
-    from opensora.sampling.sheet import TerminalSheet
+    from opensora.sheet import TerminalSheet
 
     if outcome.sheet_uri is None:
         return

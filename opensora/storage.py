@@ -24,7 +24,7 @@ from uuid import uuid4
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from opensora.config.train import StorageConfig
-from opensora.errors import ObjectNotFoundError, StorageAccessError, StorageError
+from opensora.errors import ObjectChangedError, ObjectNotFoundError, StorageAccessError, StorageError
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -79,7 +79,7 @@ class Backend(Protocol):
 
     def uri(self, key: str) -> str: ...
     def piece(self, key: str, start: int, length: int, *, etag: str | None = None) -> Piece: ...
-    def chunks(self, key: str) -> Iterator[bytes]: ...
+    def chunks(self, key: str, *, start: int = 0, known: Entry | None = None) -> Iterator[bytes]: ...
     def info(self, key: str) -> Entry: ...
     def put(self, key: str, size: int, read: Callable[[int, int], bytes]) -> None: ...
     def create(self, key: str, data: bytes) -> bool: ...
@@ -118,8 +118,7 @@ class Storage:
 
     def read(self, path: str) -> bytes:
         """The whole content of an object. Raises ObjectNotFoundError."""
-        chunks = list(self._backend.chunks(self._key(path)))
-        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        return b"".join(self._backend.chunks(self._key(path)))
 
     def read_range(self, path: str, start: int, length: int) -> bytes:
         """Up to `length` bytes from `start`; less at the end of the object. Raises ObjectNotFoundError."""
@@ -161,6 +160,14 @@ class Storage:
         with _replacing(local) as file:
             for chunk in self._backend.chunks(self._key(path)):
                 file.write(chunk)
+
+    def stream(self, info: ObjectInfo, *, start: int = 0) -> Iterator[bytes]:
+        """The content of an object that a listing told of, from `start` to its end, in pieces.
+
+        Raises ObjectNotFoundError, and ObjectChangedError where the object has another content by now.
+        """
+        key = self._key(info.path)
+        return self._backend.chunks(key, start=start, known=(key, info.size, info.modified, info.etag))
 
     def list(self, prefix: str = "") -> ObjectInfos:
         """All objects in a folder and its folders, sorted by path; empty when there is no such folder."""
@@ -330,8 +337,12 @@ class LocalFiles:
             file.seek(start)
             return Piece(file.read(length), os.fstat(file.fileno()).st_size, etag)
 
-    def chunks(self, key: str) -> Iterator[bytes]:
+    def chunks(self, key: str, *, start: int = 0, known: Entry | None = None) -> Iterator[bytes]:
         with _local_errors(key), open(key, "rb") as file:
+            status = os.fstat(file.fileno())
+            if known is not None and (status.st_size, status.st_mtime) != known[1:3]:
+                raise changed_error(key)
+            file.seek(start)
             while chunk := file.read(_COPY_BYTES):
                 yield chunk
 
@@ -417,8 +428,10 @@ class MemoryObjects:
         data = self._content(key)
         return Piece(data[start : start + length], len(data), etag)
 
-    def chunks(self, key: str) -> Iterator[bytes]:
-        yield self._content(key)
+    def chunks(self, key: str, *, start: int = 0, known: Entry | None = None) -> Iterator[bytes]:
+        if known is not None and self.info(key)[1:3] != known[1:3]:
+            raise changed_error(self.uri(key))
+        yield self._content(key)[start:]
 
     def info(self, key: str) -> Entry:
         file = self._find(key)
@@ -465,6 +478,11 @@ class MemoryObjects:
 
 def _not_found(uri: str) -> ObjectNotFoundError:
     return ObjectNotFoundError(f"{uri} does not exist", hint="check the path for a typing error")
+
+
+def changed_error(uri: str) -> ObjectChangedError:
+    """The error of a reader whose object was replaced."""
+    return ObjectChangedError(f"{uri} was replaced while it was read", hint="read it again")
 
 
 def _fill(file: io.BufferedWriter, size: int, read: Callable[[int, int], bytes]) -> None:

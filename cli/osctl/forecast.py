@@ -11,7 +11,7 @@ from typing import Protocol
 from opensora_operator.api import KINDS as API_KINDS
 from opensora_operator.kinds import KINDS, PROFILES
 from opensora_operator.observation import Observation
-from opensora_operator.plans import Create, Key, Object
+from opensora_operator.plans import Child, Create, Key, Object
 from opensora_operator.profiles import default_profile
 from opensora_operator.resources import Platform
 from opensora_operator.wire import format_time
@@ -80,6 +80,7 @@ def forecast(body: Object, around: Surroundings, *, namespace: str, now: float |
     moment = time.time() if now is None else now
     body = _complete(copy.deepcopy(body), namespace, now=moment)
     body["spec"]["suspend"] = False
+    created: list[Object] = []
     for _ in range(_MAX_STEPS):
         needs = kind.needs(body)
         plan = kind.plan(
@@ -89,22 +90,34 @@ def forecast(body: Object, around: Surroundings, *, namespace: str, now: float |
                 objects={key: around.find(key) for key in needs.objects},
                 default_profile=around.default_profile(namespace) if needs.default_profile else None,
                 config_maps={name: around.config_map(namespace, name) for name in needs.config_maps},
+                children={(made["kind"], made["metadata"]["name"]): _child(body, made) for made in created},
                 platform=Platform(),
             )
         )
-        created = tuple(action.manifest for action in plan.actions if isinstance(action, Create))
-        if created:
-            return Forecast(created, status=plan.status or {})
-        if plan.status is None or plan.status == body.get("status"):
+        new = [action.manifest for action in plan.actions if isinstance(action, Create)]
+        created += [made for made in new if made not in created]
+        if any(made["kind"] != "ConfigMap" for made in new):  # a ConfigMap alone is what others wait for
+            return Forecast(tuple(created), status=plan.status or {})
+        if not new and (plan.status is None or plan.status == body.get("status")):
             break
-        body["status"] = plan.status
+        body["status"] = body.get("status") if plan.status is None else plan.status
     status = body.get("status") or {}
+    if created:
+        return Forecast(tuple(created), status=status)
     for condition in status.get("conditions") or ():
         refused = condition["type"] == "Accepted" and condition["status"] == "False"
         if refused or (condition["type"] == "Failed" and condition["status"] == "True"):
             reason = str(condition.get("reason"))
             return Forecast(problem=f"{reason}: {condition.get('message', '')}", reason=reason, status=status)
     return Forecast(problem="the operator would create nothing now", status=status)
+
+
+def _child(owner: Object, made: Object) -> Child:
+    """What the operator would see of an object that it has created."""
+    uid = owner["metadata"]["uid"]
+    return Child(
+        uid=_UID, owner_uid=uid if made["metadata"].get("ownerReferences") else "", data=made.get("data") or {}
+    )
 
 
 def _complete(body: Object, namespace: str, *, now: float | None = None) -> Object:

@@ -43,12 +43,18 @@ class Command:
 
 COMMANDS: Mapping[str, Command] = {
     "train": Command("train", "Start", "Submit a training run."),
+    "sample": Command("sample", "Start", "Sample clips from a checkpoint."),
+    "search": Command("search", "Start", "Find the batch size of every bucket, or show what was found."),
+    "init": Command("init", "Start", "Write the files of a new run.", asks_cluster=False),
     "lint": Command("lint", "Start", "Check run files without a cluster.", asks_cluster=False),
     "get": Command("get", "Look", "List runs, sample jobs, batch searches and profiles."),
     "status": Command("status", "Look", "Tell one run's story on one screen."),
     "watch": Command("watch", "Look", "Tell one run's story live, until it ends."),
     "top": Command("top", "Look", "Compare what runs take and how fast they are."),
     "logs": Command("logs", "Look", "Show what the ranks of a run have printed."),
+    "samples": Command("samples", "Look", "Show the samples of a run or a sample job."),
+    "tb": Command("tb", "Look", "Run TensorBoard on the metrics of a run."),
+    "pull": Command("pull", "Look", "Copy checkpoints, samples, logs and metrics from the run directory."),
     "wait": Command("wait", "Look", "Wait until a run is done, or a condition holds."),
     "suspend": Command("suspend", "Change", "Save, and give up the pods."),
     "resume": Command("resume", "Change", "Go on after `suspend`."),

@@ -41,8 +41,9 @@ def open_run_directory(session: Session, word: str) -> RunDirectory:
         OsctlError: there is no such run, or its directory is a folder that this machine does not have.
         StorageError: it is no address of a store.
     """
+    patience = session.settings.store_patience_seconds
     if is_address(word):
-        storage = open_storage(word)
+        storage = open_storage(word, patience_seconds=patience)
         _refuse_missing(storage, hint="check the path for a typing error")
         return RunDirectory(storage.uri.rpartition("/")[2] or "run", storage)
     target = parse_run(word)
@@ -50,14 +51,14 @@ def open_run_directory(session: Session, word: str) -> RunDirectory:
     spec = body.get("spec") or {}
     if not isinstance(spec.get("runUri"), str):
         raise UsageError(f"{target.name} has no spec.runUri", hint="give the address of its run directory instead")
-    storage = open_storage(spec["runUri"], spec)
+    storage = open_storage(spec["runUri"], spec, patience_seconds=patience)
     hint = "it is a folder of its pods or nodes: mount the volume here, and give that path instead of the name"
     _refuse_missing(storage, hint=hint)
     session.output.detail(f"the run directory of {target.name} is {storage.uri}")
     return RunDirectory(target.name, storage, body)
 
 
-def open_storage(uri: str, spec: Any = None) -> Storage:
+def open_storage(uri: str, spec: Any = None, *, patience_seconds: float = 300.0) -> Storage:
     """The store behind a URI. The endpoint of this machine's environment wins over that of an object's spec, which is
     often an address inside of the cluster."""
     from opensora.config.train import StorageConfig
@@ -66,7 +67,7 @@ def open_storage(uri: str, spec: Any = None) -> Storage:
     endpoint = ((spec or {}).get("storage") or {}).get("endpoint")
     if any(os.environ.get(name) for name in _ENDPOINTS):
         endpoint = None
-    return Storage(uri, config=StorageConfig(endpoint_url=endpoint))
+    return Storage(uri, config=StorageConfig(endpoint_url=endpoint, retry_deadline_seconds=patience_seconds))
 
 
 def _refuse_missing(storage: Storage, *, hint: str) -> None:

@@ -40,6 +40,8 @@ class Settings:
     """Format of what is printed: table, wide, json, yaml or name."""
     color: ColorMode = "auto"
     """Colours: auto, always or never."""
+    store_patience_seconds: float = 300.0
+    """How long an object store that does not answer is asked again."""
     image: str = ""
     """Image of runs that `train` makes from a config."""
     profile: str = ""

@@ -151,6 +151,19 @@ def find_checkpoints(run: Storage) -> list[CheckpointInfo]:
     return scan_checkpoints(run).complete
 
 
+def find_checkpoint(run: Storage, step: int | None = None) -> CheckpointInfo | None:
+    """The complete checkpoint of a step, or else the newest; None where there is none. Looks at no more folders than it
+    has to."""
+    for number, step_name in reversed(_numbered(run, CHECKPOINTS_PREFIX, "step-")):
+        if step in (None, number):
+            for attempt, attempt_name in reversed(_numbered(run, f"{CHECKPOINTS_PREFIX}/{step_name}", "attempt-")):
+                path = f"{CHECKPOINTS_PREFIX}/{step_name}/{attempt_name}"
+                result = _examine(run, path)
+                if isinstance(result, Manifest):
+                    return CheckpointInfo(number, attempt, path, result)
+    return None
+
+
 def expired_checkpoints(
     scan: CheckpointScan, *, committed: CheckpointInfo, keep_last: int, keep_every_steps: int
 ) -> list[str]:

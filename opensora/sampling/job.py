@@ -31,9 +31,9 @@ from opensora.errors import DataError, DivergedError, ObjectNotFoundError, OutOf
 from opensora.sampling.pipeline import SampleKey
 from opensora.sampling.prompts import extract_json_from_prompts, load_prompts, prepare_prompt
 from opensora.sampling.references import collect_references_batch, parse_mask_strategy
-from opensora.sampling.sheet import SheetRow, contact_sheet, pick_frames, sheet_row
 from opensora.sampling.source import Source
 from opensora.sampling.video_io import to_frames, write_image, write_video
+from opensora.sheet import SheetRow, contact_sheet, pick_frames, sheet_row
 from opensora.storage import Storage
 
 logger = logging.getLogger(__name__)

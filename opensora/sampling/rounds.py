@@ -17,10 +17,10 @@ from opensora.config.train import SamplesConfig
 from opensora.records import SAMPLES_PREFIX
 from opensora.sampling.pipeline import SampleKey, SamplingPipeline
 from opensora.sampling.references import VAE
-from opensora.sampling.sheet import SheetRow, contact_sheet, sheet_row
 from opensora.sampling.video_io import to_frames, write_image, write_video
 from opensora.schedulers.rf import RFLOW
 from opensora.schedulers.rf.rectified_flow import TextEncoder
+from opensora.sheet import SheetRow, contact_sheet, sheet_row
 from opensora.storage import Storage
 
 logger = logging.getLogger(__name__)

@@ -117,7 +117,7 @@ def objects_of(
         profile=snapshot.profile,
         template=spec.pod_template,
         command=("python", "-m", "opensora.launch"),
-        args=_arguments(spec, checkpoint, data),
+        args=arguments_of(spec, checkpoint, data),
         env={
             "OPENSORA_NPROC_PER_NODE": str(snapshot.procs_per_node),
             "OPENSORA_NUM_SHARDS": str(snapshot.num_shards),
@@ -158,7 +158,7 @@ def _on_codes(action: str, codes: tuple[ExitCode, ...]) -> Object:
     return {"action": action, "onExitCodes": {"containerName": TRAINER, "operator": "In", "values": values}}
 
 
-def _arguments(spec: SampleJobSpec, checkpoint: SampledCheckpoint, data: Mapping[str, str]) -> tuple[str, ...]:
+def arguments_of(spec: SampleJobSpec, checkpoint: SampledCheckpoint, data: Mapping[str, str]) -> tuple[str, ...]:
     """The command line of the core: a config where there is one, and what the spec says as overrides."""
     path = spec.config.file or (f"{CONFIG_FOLDER}/{CONFIG_KEY}" if CONFIG_KEY in data else None)
     is_weights = path is not None and spec.checkpoint.uri is not None

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
 from osctl.changing import asks, change
-from osctl.checks import check
 from osctl.client import Object
-from osctl.errors import ExitCode, OsctlError, UsageError
-from osctl.forecast import Files, forecast
+from osctl.errors import ExitCode, UsageError
 from osctl.manifests import (
     RUN,
     Choices,
     is_config,
     read_manifests,
-    resource_of_object,
     run_from_config,
     runs_of,
     with_choices,
 )
-from osctl.options import DryRun, DryRunOption, Format, OutputFormat
-from osctl.output import as_json, as_yaml
+from osctl.options import DryRunOption, Format, OutputFormat
 from osctl.session import Session
-from osctl.surroundings import InCluster
+from osctl.submitting import create, print_created, print_forecast, refuse_mistakes
 from osctl.targets import Target, parse_target
-from osctl.validation import schema_of, with_defaults
 from osctl.waiting import parse_goal, wait_for
 from osctl.watching import LeftError, watch_run
 
@@ -91,13 +85,12 @@ def train(
         raise UsageError(f"{flag} with {len(runs)} runs", hint="submit them, then `osctl wait` for each")
     if follow and output in (Format.JSON, Format.YAML):
         raise UsageError(f"--follow with -o {output.value}", hint="--wait prints nothing but the object")
-    _check(session, objects)
+    refuse_mistakes(session, objects)
     if dry_run is not None:
-        _print_forecast(session, objects, runs, dry_run=dry_run, output=output)
+        print_forecast(session, objects, runs, dry_run=dry_run, output=output)
         return None
     for body in objects:
-        created = _create(session, body, dry_run=False)
-        _print_created(session, created, output)
+        print_created(session, create(session, body), output)
     target = parse_target(runs[0]["metadata"]["name"])
     if follow:
         return _follow(session, target)
@@ -131,73 +124,3 @@ def _objects(session: Session, file: str, given: Choices) -> list[Object]:
         raise UsageError(f"{file} has several runs: --name would give all the same", hint="leave it out")
     changed = [with_choices(body, given) if body["kind"] == RUN else body for body in objects]
     return sorted(changed, key=lambda body: body["kind"] == RUN)
-
-
-def _check(session: Session, objects: Sequence[Object]) -> None:
-    """What is wrong costs a moment here, and a place in a queue later."""
-    for body in objects:
-        if body["kind"] != RUN:
-            continue
-        report = check(body, others=objects)
-        name = body["metadata"]["name"]
-        for words in report.unknown:
-            session.output.detail(f"{name}: {words}")
-        if report.problems:
-            first, *rest = [str(problem) for problem in report.problems]
-            more = f" (and {len(rest)} more)" if rest else ""
-            raise UsageError(f"{name}: {first}{more}", hint="`osctl lint FILE` lists all problems")
-
-
-def _create(session: Session, body: Object, *, dry_run: bool) -> Object:
-    resource = resource_of_object(body, source="the file")
-    namespace = None
-    if resource.namespaced:
-        namespace = session.settings.namespace or body["metadata"].get("namespace") or session.namespace
-        body = {**body, "metadata": {**body["metadata"], "namespace": namespace}}
-    return session.client.create(resource, namespace, body, dry_run=dry_run)
-
-
-def _print_created(session: Session, created: Object, output: Format | None) -> None:
-    if output in (Format.JSON, Format.YAML):
-        session.output.data(as_json(created) if output is Format.JSON else as_yaml(created))
-        return
-    name = created["metadata"]["name"]
-    plural = resource_of_object(created, source="the answer").kind.lower()
-    group = ".opensora.dev" if "/" in created["apiVersion"] else ""
-    session.output.data(f"{plural}{group}/{name}" + ("" if output is Format.NAME else " created"))
-    if created["kind"] == RUN:
-        session.output.note(f"`osctl status {name}` tells how it is, `osctl wait {name}` ends with it")
-
-
-def _print_forecast(
-    session: Session, objects: Sequence[Object], runs: Sequence[Object], *, dry_run: DryRun, output: Format | None
-) -> None:
-    """The runs as they would be stored, each followed by what the operator would create for it."""
-    files = Files(objects)
-    shown: list[Object] = []
-    for run in runs:
-        if dry_run is DryRun.SERVER:
-            stored = _create(session, run, dry_run=True)
-            namespace = str(stored["metadata"]["namespace"])
-            planned = forecast(stored, InCluster(session.client, files), namespace=namespace)
-        else:
-            namespace = session.settings.namespace or str(run["metadata"].get("namespace") or "default")
-            spec = with_defaults(run["spec"], schema_of(RUN)["properties"]["spec"])
-            stored = {**run, "spec": spec}
-            planned = forecast(stored, files, namespace=namespace)
-        if planned.problem is not None:
-            hint = "with --dry-run=server the profiles and ConfigMaps of the cluster count too"
-            raise OsctlError(
-                f"{run['metadata']['name']}: {planned.problem}", hint=hint if dry_run is DryRun.CLIENT else None
-            )
-        shown += [run, *planned.objects]
-    if output is Format.JSON:
-        session.output.data(as_json({"apiVersion": "v1", "kind": "List", "items": shown}))
-    elif output is Format.NAME:
-        for body in shown:
-            session.output.data(f"{body['kind'].lower()}/{body['metadata']['name']}")
-    else:
-        session.output.data("\n---\n".join(map(as_yaml, shown)))
-    session.output.note(
-        f"nothing was created (dry run: {dry_run.value}); the operator adds its own address to the pods' environment"
-    )

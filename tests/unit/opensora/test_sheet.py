@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from opensora.sampling.sheet import SheetRow, TerminalSheet, contact_sheet, pick_frames, sheet_row
+from opensora.sheet import SheetRow, TerminalSheet, contact_sheet, pick_frames, sheet_row
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 

@@ -34,6 +34,7 @@ def test_later_layers_win_and_every_value_knows_its_source(tmp_path: Path) -> No
         "timeout_seconds": str(tmp_path / "osctl.toml"),
         "output": "built in",
         "color": "$OSCTL_COLOR",
+        "store_patience_seconds": "built in",
         "image": "built in",
         "profile": "built in",
         "queue": str(tmp_path / ".config/osctl/config.toml"),

@@ -1,4 +1,7 @@
-"""Contact sheets: a few frames of every clip beside its caption, as a picture and as text for a terminal."""
+"""Contact sheets: a few frames of every clip beside its caption, as a picture and as text for a terminal.
+
+What samples makes them, and the command line shows them; so this module needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,8 @@ Frames = NDArray[np.uint8]
 """[T, H, W, 3]"""
 
 FRAMES_PER_CLIP = 5
+CELL_HEIGHT = 96
+"""Pixels of a frame."""
 _GAP = 4
 _LABEL_HEIGHT = 16
 _BACKGROUND = (24, 24, 24)
@@ -45,7 +50,7 @@ def sheet_row(caption: str, frames: Frames) -> SheetRow:
     return SheetRow(caption, frames[pick_frames(len(frames))])
 
 
-def contact_sheet(rows: Sequence[SheetRow], *, cell_height: int = 96) -> NDArray[np.uint8]:
+def contact_sheet(rows: Sequence[SheetRow], *, cell_height: int = CELL_HEIGHT) -> NDArray[np.uint8]:
     """A picture [H, W, 3] with a row per clip: its caption, its frames below."""
     cells = [[_resized(frame, height=cell_height) for frame in row.frames] for row in rows]
     width = max(sum(cell.width + _GAP for cell in line) for line in cells) + _GAP
@@ -60,6 +65,16 @@ def contact_sheet(rows: Sequence[SheetRow], *, cell_height: int = 96) -> NDArray
             sheet.paste(cell, (left, top + _LABEL_HEIGHT))
             left += cell.width + _GAP
     return np.asarray(sheet)
+
+
+def cut_rows(sheet: NDArray[np.uint8]) -> list[NDArray[np.uint8]] | None:
+    """The frames of each clip, side by side, cut out of a contact sheet; None where it was laid out otherwise."""
+    row_height = _LABEL_HEIGHT + CELL_HEIGHT + _GAP
+    count, rest = divmod(sheet.shape[0] - _GAP, row_height)
+    if rest or not count:
+        return None
+    tops = [_GAP + i * row_height + _LABEL_HEIGHT for i in range(count)]
+    return [sheet[top : top + CELL_HEIGHT, _GAP:-_GAP] for top in tops]
 
 
 class TerminalSheet:
