@@ -2,52 +2,57 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
+from typing import Annotated
 
+import typer
 from opensora_operator.constants import LABEL_UID
 from opensora_operator.views import PodView, view_pod
 
-from osctl.client import PODS
+from osctl import local_state
+from osctl.client import PODS, Object
 from osctl.errors import ApiError
-from osctl.options import Format, OutputFormat, RunName
-from osctl.output import as_json, as_yaml, terminal_width
+from osctl.options import OutputFormat, RunName
+from osctl.screen import print_story
 from osctl.session import Session
-from osctl.story import as_data, as_text, tell
-from osctl.targets import fetch, parse_run
+from osctl.targets import fetch, is_over, parse_run
 
 
-def status(session: Session, run: RunName, output: OutputFormat = None) -> None:
+def status(
+    session: Session,
+    run: RunName,
+    local: Annotated[bool, typer.Option("--local", help="A run that `train --local` runs, or ran, here.")] = False,
+    output: OutputFormat = None,
+) -> None:
     """Tell one run's story on one screen.
 
     Its phase, where it is and how fast, the last checkpoint, every attempt and why it ended, the first rank that
     failed with its last words, and the next thing to do.
 
-    Examples: `osctl status first`, `osctl status first -o json`.
+    Examples: `osctl status first`, `osctl status first -o json`, `osctl status first --local`.
     """
-    body = fetch(session, parse_run(run))
     unseen: list[str] = []
+    if local:
+        found = local_state.read(parse_run(run).name)
+        if not found.is_attended and not is_over(found.run):
+            unseen.append("whether it still runs: the osctl that ran it is gone, and with it its processes")
+        print_story(session, found.run, _views(found.pods), output, unseen=unseen)
+        return
+    body = fetch(session, parse_run(run))
     pods = _pods(session, str(body["metadata"]["uid"]), unseen)
-    now = time.time()
-    story = tell(body, pods, now=now, unseen=unseen)
-    chosen = output or Format(session.settings.output)
-    if chosen in (Format.JSON, Format.YAML):
-        data = as_data(story, body)
-        session.output.data(as_json(data) if chosen is Format.JSON else as_yaml(data))
-    elif chosen is Format.NAME:
-        session.output.data(str(parse_run(run)))
-    else:
-        session.output.data(as_text(story, width=terminal_width(), now=now, paint=session.output.styled))
+    print_story(session, body, pods, output, unseen=unseen)
 
 
 def _pods(session: Session, uid: str, unseen: list[str]) -> Sequence[PodView] | None:
     try:
-        found = session.client.list(PODS, session.namespace, labels=f"{LABEL_UID}={uid}")
+        return _views(session.client.list(PODS, session.namespace, labels=f"{LABEL_UID}={uid}"))
     except ApiError as error:
         if error.status != 403:
             raise
         unseen.append("pods, since you may not list them")
         return None
-    return sorted(
-        (view for body in found if (view := view_pod(body)) is not None), key=lambda view: (view.attempt, view.index)
-    )
+
+
+def _views(pods: Sequence[Object]) -> list[PodView]:
+    views = [view for body in pods if (view := view_pod(body)) is not None]
+    return sorted(views, key=lambda view: (view.attempt, view.index))

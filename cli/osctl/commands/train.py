@@ -9,7 +9,7 @@ import typer
 
 from osctl.checks import check
 from osctl.client import Object
-from osctl.errors import OsctlError, UsageError
+from osctl.errors import ExitCode, OsctlError, UsageError
 from osctl.forecast import Files, forecast
 from osctl.manifests import (
     RUN,
@@ -23,6 +23,7 @@ from osctl.manifests import (
 )
 from osctl.options import DryRun, DryRunOption, Format, OutputFormat
 from osctl.output import as_json, as_yaml
+from osctl.screen import print_story
 from osctl.session import Session
 from osctl.surroundings import InCluster
 from osctl.targets import parse_target
@@ -50,6 +51,7 @@ def train(
     profile: Annotated[str | None, typer.Option("--profile", help="ClusterTrainingProfile.")] = None,
     suspend: Annotated[bool, typer.Option("--suspend", help="Create it suspended.")] = False,
     wait: Annotated[bool, typer.Option("--wait", "-w", help="Wait until it is done, and end as it ends.")] = False,
+    local: Annotated[bool, typer.Option("--local", help="Run it here: processes of this machine, no cluster.")] = False,
     dry_run: DryRunOption = None,
     output: OutputFormat = None,
 ) -> None:
@@ -61,8 +63,12 @@ def train(
     `--dry-run` prints every object that the operator would create, by the operator's own planner: with `client` from
     the file alone, with `server` also with what the cluster has.
 
+    `--local` trains on this machine until the run is over: the same command, environment, restarts and status, with
+    processes instead of pods. Ctrl-C has the ranks save and end, a second one ends them at once; the same command goes
+    on from there.
+
     Examples: `osctl train run.yaml`, `osctl train stage1.py --run-uri s3://bucket/runs/a --nodes 4 --set
-    train.steps=1000`, `osctl train run.yaml --dry-run`.
+    train.steps=1000`, `osctl train run.yaml --dry-run`, `osctl train run.yaml --local --nodes 1`.
     """
     given = Choices(
         name=name,
@@ -78,11 +84,15 @@ def train(
     )
     objects = _objects(session, file, given)
     runs = runs_of(objects, source=file)
-    if wait and len(runs) > 1:
-        raise UsageError(f"--wait with {len(runs)} runs", hint="submit them, then `osctl wait` for each")
+    if (wait or local) and len(runs) > 1:
+        option = "--local" if local else "--wait"
+        raise UsageError(f"{option} with {len(runs)} runs", hint="give each a file of its own")
     _check(session, objects)
     if dry_run is not None:
         _print_forecast(session, objects, runs, dry_run=dry_run, output=output)
+        return
+    if local:
+        _train_here(session, runs[0], objects, output)
         return
     for body in objects:
         created = _create(session, body, dry_run=False)
@@ -119,6 +129,16 @@ def _check(session: Session, objects: Sequence[Object]) -> None:
             first, *rest = [str(problem) for problem in report.problems]
             more = f" (and {len(rest)} more)" if rest else ""
             raise UsageError(f"{name}: {first}{more}", hint="`osctl lint FILE` lists all problems")
+
+
+def _train_here(session: Session, run: Object, objects: Sequence[Object], output: Format | None) -> None:
+    """Train, print the run's story or the run itself, and end as it ended."""
+    from osctl.local import train_here, why_it_ended  # needs storage, which is slow to import
+
+    ended = train_here(session, run, objects)
+    print_story(session, ended.run, ended.pods, output)
+    if ended.code != ExitCode.OK:
+        raise OsctlError(why_it_ended(ended.run), exit_code=ended.code)
 
 
 def _create(session: Session, body: Object, *, dry_run: bool) -> Object:
