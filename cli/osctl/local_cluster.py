@@ -5,6 +5,7 @@ Nothing here decides about the run. The operator's planner does, and it finds wh
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import json
@@ -135,10 +136,8 @@ class LocalCluster:
 
     def report(self, report: ProgressReport) -> None:
         """Rank 0 has told how far it is."""
-        try:
+        with contextlib.suppress(StaleReportError):
             self._book.record(self.run["metadata"]["uid"], report)
-        except StaleReportError:
-            pass
 
     # ---------------------------------------------------------------------------------------------- the operator
 

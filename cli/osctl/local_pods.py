@@ -28,16 +28,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opensora.launch import free_port
-from opensora.processes import dying_with_this_process
-from opensora.rank_output import READ_BYTES, log_text, split_lines
 from opensora_operator.constants import JOB_INDEX, LABEL_ATTEMPT, RESERVED_ENV, RESERVED_ENV_PREFIX
 from opensora_operator.plans import Object
 from opensora_operator.resources import CONFIG_FOLDER
 
+from opensora.launch import free_port
+from opensora.processes import dying_with_this_process
+from opensora.rank_output import READ_BYTES, log_text, split_lines
 from osctl.errors import UsageError
 from osctl.forecast import Files
 from osctl.local_cluster import PodEnd
+from osctl.local_machine import Gpus
 from osctl.output import printable
 
 _ADDRESS = "127.0.0.1"
@@ -55,24 +56,14 @@ class LocalPods:
     Args:
         folder: for what belongs to the pods.
         files: ConfigMaps that pods may name.
-        gpus: what `CUDA_VISIBLE_DEVICES` is made of; None leaves it to the ranks.
-        gpus_per_pod: how many of them a pod gets.
+        gpus: what they get of this machine's.
         show: is given every line that they print.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        files: Files,
-        *,
-        gpus: Sequence[str] | None,
-        gpus_per_pod: int,
-        show: Callable[[str], None],
-    ) -> None:
+    def __init__(self, folder: Path, files: Files, *, gpus: Gpus, show: Callable[[str], None]) -> None:
         self._folder = folder
         self._files = files
         self._gpus = gpus
-        self._gpus_per_pod = gpus_per_pod
         self._show = show
         self._selector = selectors.DefaultSelector()
         self._processes: list[_Process] = []
@@ -97,9 +88,8 @@ class LocalPods:
             (folder / key).write_text(text, encoding="utf-8")
         if attempt not in self._ports:
             self._ports[attempt] = free_port(_ADDRESS)
-        gpus = None
-        if self._gpus is not None:
-            gpus = self._gpus[index * self._gpus_per_pod : (index + 1) * self._gpus_per_pod]
+        names, count = self._gpus.names, self._gpus.per_pod
+        gpus = None if names is None else names[index * count : (index + 1) * count]
         rendering = _Rendering(folder=folder, port=self._ports[attempt], gpus=gpus, index=index)
         container = pod["spec"]["containers"][0]
         variables = _variables(pod, container, self._files)
@@ -114,14 +104,25 @@ class LocalPods:
         return process
 
     def wait(self, seconds: float) -> None:
-        """Show what the pods print, until this time is over or an output has ended."""
+        """Show what the pods print, until this time is over or one of them has nothing more to say."""
         deadline = time.monotonic() + seconds
-        while (left := deadline - time.monotonic()) > 0:
-            for key, _ in self._selector.select(left):
-                if not key.data.pump():
-                    self._selector.unregister(key.fd)
-                    key.data.close()
-                    return
+        while (left := deadline - time.monotonic()) > 0 and not self._turn(left):
+            pass
+
+    def show_rest(self) -> None:
+        """Show what has been printed already."""
+        while self._selector.get_map() and self._selector.select(0):
+            self._turn(0)
+
+    def _turn(self, seconds: float) -> bool:
+        """Whether an output has ended."""
+        ended = False
+        for key, _ in self._selector.select(seconds):
+            if not key.data.pump():
+                self._selector.unregister(key.fd)
+                key.data.close()
+                ended = True
+        return ended
 
     def close(self) -> None:
         """Kill what still runs, with the ranks' own children, and wait for its end."""

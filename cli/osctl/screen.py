@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from opensora_operator.api import TRAINING_RUN
 from opensora_operator.views import PodView
 
 from osctl.client import Object
@@ -13,7 +14,6 @@ from osctl.output import as_json, as_yaml, terminal_width
 from osctl.session import Session
 from osctl.story import as_data, as_text, tell
 from osctl.targets import Target
-from opensora_operator.api import TRAINING_RUN
 
 
 def print_story(
