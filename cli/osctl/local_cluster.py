@@ -200,6 +200,8 @@ class LocalCluster:
                     self._ask_to_end(pod)
             case Delete(kind="Pod", name=name, grace_seconds=grace_seconds):
                 self._ask_to_end(self._pods[name], grace_seconds=grace_seconds)
+                if not self._pods[name].is_live:
+                    del self._pods[name]
             case Delete() | FailPod():
                 raise AssertionError(f"there is no reason for {action} here")
 
