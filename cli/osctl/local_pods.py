@@ -1,6 +1,6 @@
 """Pods as processes of this machine: their command, environment and files as the operator rendered them.
 
-What cannot be the same here is replaced in `_Rendering` and nowhere else:
+What cannot be the same here is replaced in `Rendering` and nowhere else:
 
 | in the cluster | here |
 | --- | --- |
@@ -76,7 +76,7 @@ class LocalPods:
             UsageError: one of them comes from something that is not here.
         """
         pod = {"metadata": {"namespace": namespace}, "spec": template["spec"]}
-        return _variables(pod, template["spec"]["containers"][0], self._files)
+        return variables_of(pod, template["spec"]["containers"][0], self._files)
 
     def start(self, pod: Object, config: Mapping[str, str]) -> _Process:
         """Start a pod. `config` becomes the files that it finds at `/etc/opensora/run`."""
@@ -90,9 +90,9 @@ class LocalPods:
             self._ports[attempt] = free_port(_ADDRESS)
         names, count = self._gpus.names, self._gpus.per_pod
         gpus = None if names is None else names[index * count : (index + 1) * count]
-        rendering = _Rendering(folder=folder, port=self._ports[attempt], gpus=gpus, index=index)
+        rendering = Rendering(folder=folder, port=self._ports[attempt], gpus=gpus, index=index)
         container = pod["spec"]["containers"][0]
-        variables = _variables(pod, container, self._files)
+        variables = variables_of(pod, container, self._files)
         process = _Process(
             rendering.command(container, variables),
             rendering.environment(variables),
@@ -219,7 +219,7 @@ class _Process:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Rendering:
+class Rendering:
     """Everything in which a pod differs here from what the operator rendered: the table at the top of this file."""
 
     folder: Path
@@ -263,7 +263,7 @@ def _outer_environment() -> dict[str, str]:
     }
 
 
-def _variables(pod: Object, container: Object, files: Files) -> dict[str, str]:
+def variables_of(pod: Object, container: Object, files: Files) -> dict[str, str]:
     """The variables of a container, put together as the kubelet does."""
     namespace = pod["metadata"]["namespace"]
     found: dict[str, str] = {}
