@@ -46,6 +46,7 @@ def own_folder(name: str) -> Iterator[Path]:
                 hint=f"`osctl status --local {name}` tells how it is; --name gives this one another name",
                 exit_code=ExitCode.CONFLICT,
             ) from error
+        (folder / _RUN_FILE).unlink(missing_ok=True)  # of the last time
         yield folder
 
 

@@ -45,6 +45,7 @@ class LocalRun(ObservedRun):
         """Start what is in the run file, or go on with it."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_STATE_HOME": str(self.folder)}
         environment["XDG_CONFIG_HOME"] = str(self.folder)  # none of the settings of whoever runs the tests
+        self._state.unlink(missing_ok=True)  # as osctl does, a moment later
         with open(self.folder / f"{self.name}.err", "a", encoding="utf-8") as err:
             self._osctl = subprocess.Popen(
                 [sys.executable, "-m", "osctl", "train", str(self.file), "--local", "-o", "json"],
@@ -58,10 +59,14 @@ class LocalRun(ObservedRun):
         return self._osctl
 
     @property
+    def _state(self) -> Path:
+        return self.folder / "osctl" / "runs" / self.name / "run.json"
+
+    @property
     def status(self) -> Object:
         """As `osctl status --local` reads it."""
         try:
-            content = json.loads((self.folder / "osctl" / "runs" / self.name / "run.json").read_text())
+            content = json.loads(self._state.read_text())
         except FileNotFoundError:
             assert self.osctl.poll() is None, self.said()
             return {}
