@@ -10,6 +10,7 @@ from opensora_operator.reasons import Reason
 
 from osctl.client import Object
 from osctl.forecast import Files, Forecast, forecast
+from osctl.layout import layout_of
 from osctl.resolved import config_of, why_unknown
 from osctl.validation import Problem, schema_of, validate, with_defaults
 
@@ -24,6 +25,8 @@ class Report:
 
     problems: tuple[Problem, ...]
     unknown: tuple[str, ...]
+    planned: Forecast | None = None
+    """What the operator makes of a TrainingRun whose config could be read."""
 
 
 def check(body: Object, *, others: Sequence[Object] = ()) -> Report:
@@ -57,7 +60,13 @@ def _check_config(planned: Forecast) -> Report:
 
     unknown = why_unknown(planned)
     try:
-        config_of(planned)
+        config = config_of(planned)
     except ConfigError as error:
         return Report((Problem("spec.config", error.message),), ())
-    return Report((), () if unknown is None else (unknown,))
+    if config is None:
+        return Report((), (str(unknown),))
+    ranks, groups = layout_of(planned).ranks, config.parallel.replicas
+    if ranks % groups:
+        message = f"{ranks} ranks do not divide into parallel.replicas={groups} groups"
+        return Report((Problem("spec.config", message),), ())
+    return Report((), (), planned)

@@ -19,16 +19,9 @@ from opensora_operator.views import PodView
 from osctl import local_state
 from osctl.errors import ExitCode, OsctlError, UsageError
 from osctl.forecast import Files, Forecast, forecast
+from osctl.layout import image_of, job_of, layout_of
 from osctl.local_cluster import LocalCluster, new_run
-from osctl.local_machine import (
-    check_python,
-    counted,
-    differences,
-    gpus_for,
-    job_of,
-    num_nodes,
-    procs_per_node,
-)
+from osctl.local_machine import check_python, counted, differences, gpus_for
 from osctl.local_pods import LocalPods
 from osctl.local_progress import Past, ProgressFile, past_of
 from osctl.manifests import RUN
@@ -72,7 +65,7 @@ def train_here(session: Session, body: Object, others: Sequence[Object]) -> Outc
     if body["spec"].get("suspend"):
         raise UsageError(f"{name} is suspended: it would never start", hint="leave `suspend` out")
     planned = _plan(body, files, namespace)
-    image = str(job_of(planned)["spec"]["template"]["spec"]["containers"][0]["image"])
+    image = image_of(planned)
     check_python()
     gpus = gpus_for(planned)
     with local_state.own_folder(name) as folder, _stop_signals() as asked:
@@ -122,9 +115,10 @@ def _read_as_pods_do(variables: Mapping[str, str]) -> None:
 
 
 def _tell_what_differs(session: Session, planned: Forecast, body: Object, past: Past, *, image: str | None) -> None:
-    name, nodes = body["metadata"]["name"], num_nodes(planned)
-    ranks = counted(nodes * procs_per_node(planned), "rank")
-    session.output.note(f"{name}: {counted(nodes, 'node')} with {ranks} in all, on this machine")
+    name, asked = body["metadata"]["name"], layout_of(planned)
+    session.output.note(
+        f"{name}: {counted(asked.nodes, 'node')} with {counted(asked.ranks, 'rank')} in all, on this machine"
+    )
     for words in differences(planned, image=image):
         session.output.note(f"{name}: {words}")
     if past.attempt:

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opensora_operator.api import TrainingProfileSpec
-from opensora_operator.plans import Object
 from opensora_operator.wire import from_wire
 
 from opensora.errors import MissingExtraError
 from osctl.errors import ExitCode, OsctlError
 from osctl.forecast import Forecast
+from osctl.layout import container_of, job_of, layout_of
 from osctl.resolved import config_of
 
 
@@ -38,27 +38,6 @@ def check_python() -> None:
         raise MissingExtraError("training on this machine", extra="train")
 
 
-def job_of(planned: Forecast) -> Object:
-    """The Job of the first attempt."""
-    return next(body for body in planned.objects if body["kind"] == "Job")
-
-
-def container_of(planned: Forecast) -> Object:
-    """The trainer's container."""
-    container: Object = job_of(planned)["spec"]["template"]["spec"]["containers"][0]
-    return container
-
-
-def num_nodes(planned: Forecast) -> int:
-    """Pods of the run."""
-    return int(job_of(planned)["spec"]["completions"])
-
-
-def procs_per_node(planned: Forecast) -> int:
-    """Ranks of a pod."""
-    return int(next(v["value"] for v in container_of(planned)["env"] if v["name"] == "OPENSORA_NPROC_PER_NODE"))
-
-
 def gpus_for(planned: Forecast) -> Gpus:
     """The GPUs that the pods get: as many as they ask for, or else one for each rank where this machine has any.
 
@@ -75,7 +54,8 @@ def gpus_for(planned: Forecast) -> Gpus:
     asked = int(container_of(planned).get("resources", {}).get("limits", {}).get(resource, 0))
     if not asked and not there and device == "auto":
         return Gpus(None, 0)
-    nodes, per_pod = num_nodes(planned), asked or procs_per_node(planned)
+    asks = layout_of(planned)
+    nodes, per_pod = asks.nodes, asked or asks.procs_per_node
     if nodes * per_pod > len(there):
         raise OsctlError(
             f"{counted(nodes, 'node')} with {counted(per_pod, 'GPU')} each: this machine has {len(there) or 'none'}",

@@ -42,6 +42,7 @@ class Command:
 COMMANDS: Mapping[str, Command] = {
     "train": Command("train", "Start", "Submit a training run."),
     "lint": Command("lint", "Start", "Check run files without a cluster.", asks_cluster=False),
+    "plan": Command("plan", "Start", "Show what the operator would do next, and why."),
     "get": Command("get", "Look", "List runs, sample jobs, batch searches and profiles."),
     "status": Command("status", "Look", "Tell one run's story on one screen."),
     "wait": Command("wait", "Look", "Wait until a run is done, or a condition holds."),

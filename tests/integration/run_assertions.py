@@ -41,7 +41,7 @@ def small_config(catalogue: str) -> Object:
     return config
 
 
-def small_spec(run_uri: str, config: Object, *overrides: str, **spec: Any) -> Object:
+def small_spec(run_uri: str, config: Object, /, *overrides: str, **spec: Any) -> Object:
     """The spec of all these runs: two nodes. `overrides` are those of the config; `spec` adds to the spec."""
     return {
         "runUri": run_uri,

@@ -14,6 +14,7 @@ from operator_world import MINIMAL_SPEC
 from osctl import local_machine, local_state
 from osctl.errors import ExitCode, OsctlError, UsageError
 from osctl.forecast import Files, Forecast, forecast
+from osctl.layout import container_of, job_of
 from osctl.local_machine import Gpus, differences, gpus_for, gpus_here
 from osctl.local_pods import LocalPods, Rendering, variables_of
 from osctl.manifests import RUN
@@ -38,13 +39,13 @@ def planned(*others: Object, device: str = "auto", **spec: Any) -> Forecast:
 
 def pod_of(plan: Forecast) -> Object:
     """A pod of its first attempt."""
-    template: Object = local_machine.job_of(plan)["spec"]["template"]
+    template: Object = job_of(plan)["spec"]["template"]
     metadata = {"name": "demo-a1-1", "uid": "u", "namespace": "team", **template["metadata"]}
     return {"metadata": metadata, "spec": {**template["spec"], "nodeName": "here"}}
 
 
 def variables(plan: Forecast, *others: Object) -> dict[str, str]:
-    return variables_of(pod_of(plan), local_machine.container_of(plan), Files(others))
+    return variables_of(pod_of(plan), container_of(plan), Files(others))
 
 
 # --------------------------------------------------------------------------------------------------------- rendering
@@ -53,7 +54,7 @@ def variables(plan: Forecast, *others: Object) -> dict[str, str]:
 def test_only_what_cannot_be_the_same_is_different(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", {"PATH": "/bin", "RANK": "7", "OPENSORA_ATTEMPT": "9", "HOME": "/home/me"})
     plan = planned(podTemplate={"env": [{"name": "MINE", "value": "/etc/opensora/run/config.yaml"}]})
-    container, given = local_machine.container_of(plan), variables(plan)
+    container, given = container_of(plan), variables(plan)
     here = Rendering(folder=tmp_path, port=2345, gpus=("2", "3"), index=1)
     assert here.command(container, given) == [
         sys.executable, "-m", "opensora.launch", "opensora.train", f"{tmp_path}/config.yaml",
@@ -119,7 +120,7 @@ def test_what_is_only_in_a_cluster_is_named_before_the_start(
     plan = planned(podTemplate=template)
     pods = LocalPods(tmp_path, Files(), gpus=Gpus(None, 0), show=print)
     with pytest.raises(UsageError) as caught:
-        pods.environment(local_machine.job_of(plan)["spec"]["template"], "team")
+        pods.environment(job_of(plan)["spec"]["template"], "team")
     pods.close()
     assert words[0] in caught.value.message
     assert words[1] in str(caught.value.hint)
@@ -156,9 +157,13 @@ def test_gpus_are_those_that_cuda_would_see(tmp_path: Path, environment: dict[st
         ({"device": "cpu"}, "0,1", Gpus((), 0)),
         ({}, "", Gpus(None, 0)),
         ({"nodes": 2, "procsPerNode": 1}, "0,1", Gpus(("0", "1"), 1)),
-        ({"nodes": 1, "podTemplate": {"resources": {"limits": {"nvidia.com/gpu": "2"}}}}, "4,5,6", Gpus(("4", "5", "6"), 2)),
+        (
+            {"nodes": 1, "podTemplate": {"resources": {"limits": {"nvidia.com/gpu": "2"}}}},
+            "4,5,6",
+            Gpus(("4", "5", "6"), 2),
+        ),
     ],
-)  # fmt: skip
+)
 def test_pods_get_gpus_of_their_own(
     spec: dict[str, Any], there: str, expected: Gpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
