@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from opensora import records
 from opensora.cgroups import OomKills
 from opensora.errors import ExitCode, OpenSoraError, PeerLostError, StorageError, UsageError
+from opensora.processes import dying_with_this_process
 from opensora.rank_output import RankStream, Screen
 from opensora.records import MEANINGS, EndRecord, Verdict
 
@@ -241,17 +242,6 @@ def termination_message(verdict: Verdict) -> bytes:
 
 # ----------------------------------------------------------------------------------------------------- process
 
-_START = """
-import ctypes, os, sys
-if sys.platform == "linux":
-    PR_SET_PDEATHSIG, SIGKILL = 1, 9
-    ctypes.CDLL(None).prctl(ctypes.c_int(PR_SET_PDEATHSIG), ctypes.c_ulong(SIGKILL))
-if os.getppid() == int(sys.argv[1]):
-    os.execv(sys.argv[2], sys.argv[2:])
-"""
-"""Becomes the rank after asking the kernel to kill it when the launcher dies; the request survives the exec. A program
-of its own, since code between fork and exec is not safe once the launcher has threads."""
-
 _GUARDIAN = """
 import os, signal, sys
 groups = []
@@ -410,7 +400,7 @@ class Launcher:
         command = [sys.executable, *program, *config.arguments]
         pipes = {1: os.pipe(), 2: os.pipe()}
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _START, str(os.getpid()), *command],
+            dying_with_this_process(command),
             stdin=subprocess.DEVNULL,
             stdout=pipes[1][1],
             stderr=pipes[2][1],
@@ -585,7 +575,7 @@ def _launch(config: LaunchConfig, *, scratch: Path, err: Screen) -> Verdict:
         environment[records.ATTEMPT] = str(attempt)
     if config.node_rank > 0:
         _wait_for_name(config.master_addr, seconds=config.rendezvous_seconds)
-    port = config.master_port or (_free_port(config.master_addr) if config.nnodes == 1 else _MULTI_NODE_PORT)
+    port = config.master_port or (free_port(config.master_addr) if config.nnodes == 1 else _MULTI_NODE_PORT)
     environment |= {
         records.WORLD_SIZE: str(config.world_size),
         records.LOCAL_WORLD_SIZE: str(config.nproc_per_node),
@@ -674,7 +664,8 @@ def _wait_for_name(host: str, *, seconds: float) -> None:
             time.sleep(min(1.0, max(0.0, end - time.monotonic())))
 
 
-def _free_port(host: str) -> int:
+def free_port(host: str) -> int:
+    """A port on an address of this machine that nothing listens on, now. Raises UsageError where there is none."""
     for port in random.sample(_FREE_PORTS, 100):
         with contextlib.suppress(OSError), socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.bind((host, port))

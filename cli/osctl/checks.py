@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 from opensora_operator.kinds import KINDS
 from opensora_operator.reasons import Reason
-from opensora_operator.resources import CONFIG_KEY
 
 from osctl.client import Object
 from osctl.forecast import Files, Forecast, forecast
+from osctl.layout import layout_of
+from osctl.resolved import config_of, why_unknown
 from osctl.validation import Problem, schema_of, validate, with_defaults
 
 _IMAGE = "example.com/opensora:latest"
 """Stands in where only the cluster's profile knows the image; it shows nowhere."""
 _NEEDS_CLUSTER = (Reason.CONFIG_MISSING, Reason.PROFILE_NOT_FOUND, Reason.RUN_NOT_FOUND)
-_TRAIN = "opensora.train"
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Report:
 
     problems: tuple[Problem, ...]
     unknown: tuple[str, ...]
+    planned: Forecast | None = None
+    """What the operator makes of a TrainingRun whose config could be read."""
 
 
 def check(body: Object, *, others: Sequence[Object] = ()) -> Report:
@@ -53,19 +55,18 @@ def check(body: Object, *, others: Sequence[Object] = ()) -> Report:
 
 
 def _check_config(planned: Forecast) -> Report:
-    """The config as the pods read it: the same text, with the operator's overrides."""
-    from opensora.config.load import parse_train_config  # slow to import
-    from opensora.errors import ConfigError
+    """The config as the pods read it."""
+    from opensora.errors import ConfigError  # slow to import
 
-    job = next(manifest for manifest in planned.objects if manifest["kind"] == "Job")
-    program, path, *overrides = job["spec"]["template"]["spec"]["containers"][0]["args"]
-    if program != _TRAIN:
-        return Report((), (f"the config of {program} is not checked",))
-    data = next(manifest for manifest in planned.objects if manifest["kind"] == "ConfigMap")["data"]
-    if CONFIG_KEY not in data:
-        return Report((), (f"the config {path} is in the image: it is not checked",))
+    unknown = why_unknown(planned)
     try:
-        parse_train_config(data[CONFIG_KEY], source="spec.config", overrides=overrides)
+        config = config_of(planned)
     except ConfigError as error:
         return Report((Problem("spec.config", error.message),), ())
-    return Report((), ())
+    if config is None:
+        return Report((), (str(unknown),))
+    ranks, groups = layout_of(planned).ranks, config.parallel.replicas
+    if ranks % groups:
+        message = f"{ranks} ranks do not divide into parallel.replicas={groups} groups"
+        return Report((Problem("spec.config", message),), ())
+    return Report((), (), planned)

@@ -60,6 +60,11 @@ class Resource:
 PODS = Resource("v1", "pods", "Pod")
 EVENTS = Resource("v1", "events", "Event")
 CONFIG_MAPS = Resource("v1", "configmaps", "ConfigMap")
+SERVICES = Resource("v1", "services", "Service")
+NODES = Resource("v1", "nodes", "Node", namespaced=False)
+JOBS = Resource("batch/v1", "jobs", "Job")
+NETWORK_POLICIES = Resource("networking.k8s.io/v1", "networkpolicies", "NetworkPolicy")
+POD_GROUPS = Resource("scheduling.x-k8s.io/v1alpha1", "podgroups", "PodGroup")
 
 
 class Client:

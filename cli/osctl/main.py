@@ -47,6 +47,7 @@ COMMANDS: Mapping[str, Command] = {
     "search": Command("search", "Start", "Find the batch size of every bucket, or show what was found."),
     "init": Command("init", "Start", "Write the files of a new run.", asks_cluster=False),
     "lint": Command("lint", "Start", "Check run files without a cluster.", asks_cluster=False),
+    "plan": Command("plan", "Start", "Show what the operator would do next, and why."),
     "get": Command("get", "Look", "List runs, sample jobs, batch searches and profiles."),
     "status": Command("status", "Look", "Tell one run's story on one screen."),
     "watch": Command("watch", "Look", "Tell one run's story live, until it ends."),

@@ -37,6 +37,9 @@ DryRunOption = Annotated[
         help="Say what would be done: `client` sends nothing, `server` has the API server check it. [bare: client]",
     ),
 ]
+ReadBuckets = Annotated[
+    bool, typer.Option("--read-buckets", help="Read the catalogue and a table of batch sizes from a bucket, too.")
+]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of the run.", autocompletion=complete_target)]
 Target = Annotated[

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from opensora_operator.constants import LABEL_UID
 from opensora_operator.views import PodView, view_pod
 
@@ -20,7 +22,12 @@ def list_pods(client: Client, namespace: str, owner: Object) -> list[PodView] | 
         if error.status != 403:
             raise
         return None
-    views = [view for body in found if (view := view_pod(body)) is not None]
+    return views_of(found)
+
+
+def views_of(pods: Iterable[Object]) -> list[PodView]:
+    """What pods of ours tell, of all attempts in their order."""
+    views = [view for body in pods if (view := view_pod(body)) is not None]
     return sorted(views, key=lambda view: (view.attempt, view.index, view.created))
 
 

@@ -20,7 +20,7 @@ from opensora_operator.api import (
 )
 from opensora_operator.constants import GROUP, ExitCode
 from opensora_operator.observation import Observation
-from opensora_operator.plans import Action, Create, Delete, Event, Key, Needs, Object, Plan, SetSuspend
+from opensora_operator.plans import Action, Create, Delete, Event, Key, Needs, Object, Plan, SetSuspend, Wait
 from opensora_operator.pod_states import BROKEN_IMAGE, remove_stuck_pods
 from opensora_operator.policies import restart
 from opensora_operator.policies.causes import Cause, cause_of
@@ -410,12 +410,14 @@ def _converge(run: Run) -> Plan:
                 events.append(Event(reason=Reason.ATTEMPT_STARTED, message=message))
     status = _described(run, status, problem=problem, waiting=waiting, job_exists=job is not None)
     new, old = to_wire(status), run.object.get("status") or {}
+    waits = _waits(run, problem)
     return Plan(
         status=None if new == old else new,
         is_progress_only=not actions and not events and _decisive(new) == _decisive(old),
         actions=tuple(actions),
         events=tuple(events),
-        requeue_seconds=_look_again(run, problem),
+        requeue_seconds=_look_again(waits),
+        waits=waits,
     )
 
 
@@ -500,30 +502,40 @@ def _with_attempt(run: Run, job: JobView, status: TrainingRunStatus, actions: li
     )
 
 
-def _look_again(run: Run, problem: State | None) -> float | None:
-    """When something happens that no event tells of."""
-    due: list[float] = []
+def _waits(run: Run, problem: State | None) -> tuple[Wait, ...]:
+    """What comes with time alone."""
+    found: list[Wait] = []
+
+    def wait(until: float, what: str) -> None:
+        found.append(Wait(seconds=until - run.now, what=what))
+
     if problem is not None:
-        due.append(_LOOK_AGAIN_SECONDS)
+        wait(run.now + _LOOK_AGAIN_SECONDS, "what is wrong is looked at again")
     if run.status.backoff_until is not None:
-        due.append(run.status.backoff_until - run.now)
+        wait(run.status.backoff_until, f"the pause before attempt {run.attempt} is over")
     deadlines = run.spec.deadlines
     for pod in run.observed.pods:
         if pod.deleting_since is not None and pod.is_live:
-            due.append(pod.deleting_since + deadlines.stuck_pod_seconds - run.now)
+            stuck = pod.deleting_since + deadlines.stuck_pod_seconds
+            wait(stuck, f"pod {pod.name}, if it has not ended by then, counts as stuck (deadlines.stuckPodSeconds)")
     if run.job is not None and run.job.started is not None and not run.job.suspended:
         if not run.all_running:
-            due.append(run.job.started + deadlines.startup_seconds - run.now)
+            wait(run.job.started + deadlines.startup_seconds, "all pods must run (deadlines.startupSeconds)")
         if deadlines.active_seconds:
-            due.append(run.job.started + deadlines.active_seconds - run.status.active_seconds - run.now)
+            end = run.job.started + deadlines.active_seconds - run.status.active_seconds
+            wait(end, "the run has had its time (deadlines.activeSeconds)")
         failed = run.job.condition("FailureTarget")
         if failed is not None:
-            due.append(failed.time + _ATTRIBUTION_SECONDS - run.now)
-    if run.running_since is not None:
+            wait(failed.time + _ATTRIBUTION_SECONDS, "the attempt's end is put down to what is known by then")
+    if run.running_since is not None and run.observed.platform.progress_url is not None:
         last = run.report.received if run.report is not None else run.running_since
-        due.append(last + 3 * run.spec.watchdog.heartbeat_seconds - run.now)
-    due = [max(1.0, seconds + 0.5) for seconds in due if seconds > -_LOOK_AGAIN_SECONDS]
-    return min(due, default=None)
+        wait(last + 3 * run.spec.watchdog.heartbeat_seconds, "without a report until then, the run counts as silent")
+    return tuple(sorted(found, key=lambda one: one.seconds))
+
+
+def _look_again(waits: Sequence[Wait]) -> float | None:
+    """When to look though nothing may have happened; what came long ago has been looked at."""
+    return next((max(1.0, wait.seconds + 0.5) for wait in waits if wait.seconds > -_LOOK_AGAIN_SECONDS), None)
 
 
 _CALM_CONDITIONS = frozenset({Reason.STEP_ADVANCING, Reason.EVALUATING, Reason.SAVING_CHECKPOINT, Reason.SAMPLING})
@@ -626,4 +638,7 @@ def _after_the_end(run: Run) -> Plan:
         events=tuple(events),
         delete_self=left is not None and left <= 0,
         requeue_seconds=None if left is None else max(1.0, left + 0.5),
+        waits=()
+        if left is None
+        else (Wait(seconds=left, what="the run is deleted (cleanup.ttlSecondsAfterFinished)"),),
     )

@@ -102,6 +102,16 @@ class Event:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Wait:
+    """Something that comes with time alone, of which no event tells."""
+
+    seconds: float
+    """Until then; below 0 where it has come."""
+    what: str
+    """What it is, for people."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """What to do about one object.
 
@@ -121,6 +131,8 @@ class Plan:
     """The object's time to live is over: delete it, and with it its children."""
     requeue_seconds: float | None = None
     """Look again after this time even if nothing happens."""
+    waits: tuple[Wait, ...] = ()
+    """What it is waited for by the clock, where the planner tells; the first of them sets `requeue_seconds`."""
 
     def __post_init__(self) -> None:
         assert not (self.is_decision and (self.actions or self.status is None)), "a decision is a status alone"

@@ -18,6 +18,7 @@ import pytest
 import yaml
 from control_plane import ApiError, ControlPlane
 from nodes import Cluster
+from run_assertions import ranks_among, wait_until
 from training_runs import write_clips
 
 from opensora.quickstart.object_store import ObjectStore
@@ -129,13 +130,7 @@ class Installation:
 
     def ranks(self, run: str, *, attempt: int) -> dict[int, psutil.Process]:
         """The processes of a run's attempt by their rank, on whatever node."""
-        found = {}
-        for process in self.processes():
-            variables, parent = _environment(process), _environment(process.parent())
-            is_ours = variables.get("OPENSORA_RUN_URI", "").endswith(f"/{run}")
-            if is_ours and variables.get("OPENSORA_ATTEMPT") == str(attempt) and "RANK" in variables.keys() - parent:
-                found[int(variables["RANK"])] = process
-        return found
+        return ranks_among(self.processes(), run, attempt=attempt)
 
     def describe_operator(self) -> str:
         """What is known of the operator, for people."""
@@ -189,17 +184,7 @@ class Installation:
 
 def until(check: Callable[[], Any], *, seconds: float, what: str) -> Any:
     """Wait until a check gives something true, and return it."""
-    deadline = time.monotonic() + seconds
-    while True:
-        problem: Exception | None = None
-        try:
-            found = check()
-        except (ApiError, OSError, KeyError) as error:
-            found, problem = None, error
-        if found:
-            return found
-        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what} {problem or ''}"
-        time.sleep(0.2)
+    return wait_until(check, seconds=seconds, what=what, transient=(ApiError, OSError, KeyError))
 
 
 def said(control_plane: ControlPlane, *arguments: str) -> str:
@@ -208,12 +193,6 @@ def said(control_plane: ControlPlane, *arguments: str) -> str:
         return f"$ kubectl {' '.join(arguments)}\n{control_plane.kubectl(*arguments)}"
     except ApiError as error:
         return f"$ kubectl {' '.join(arguments)}\n{error}"
-
-
-def _environment(process: psutil.Process | None) -> dict[str, str]:
-    with contextlib.suppress(psutil.Error):
-        return {} if process is None else process.environ()
-    return {}
 
 
 def _calls(process: psutil.Process, program: str) -> bool:

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-import time
+from typing import Annotated
 
-from osctl.options import Format, OutputFormat, RunName
-from osctl.output import as_json, as_yaml, terminal_width
-from osctl.pods import UNSEEN, list_pods
+import typer
+
+from osctl import local_state
+from osctl.options import OutputFormat, RunName
+from osctl.pods import UNSEEN, list_pods, views_of
+from osctl.screen import print_story
 from osctl.session import Session
-from osctl.story import as_data, as_text, tell
-from osctl.targets import fetch, parse_run
+from osctl.targets import fetch, is_over, parse_run
 
 
-def status(session: Session, run: RunName, output: OutputFormat = None) -> None:
+def status(
+    session: Session,
+    run: RunName,
+    local: Annotated[bool, typer.Option("--local", help="A run that `train --local` runs, or ran, here.")] = False,
+    output: OutputFormat = None,
+) -> None:
     """Tell one run's story on one screen.
 
     Its phase, where it is and how fast, the last checkpoint, every attempt and why it ended, the first rank that
     failed with its last words, and the next thing to do.
 
-    Examples: `osctl status first`, `osctl status first -o json`.
+    Examples: `osctl status first`, `osctl status first -o json`, `osctl status first --local`.
     """
+    if local:
+        found = local_state.read(parse_run(run).name)
+        is_lost = not found.is_attended and not is_over(found.run)
+        unseen = ["whether it still runs: the osctl that ran it is gone, and with it its processes"] if is_lost else []
+        print_story(session, found.run, views_of(found.pods), output, unseen=unseen)
+        return
     body = fetch(session, parse_run(run))
     pods = list_pods(session.client, session.namespace, body)
-    now = time.time()
-    story = tell(body, pods, now=now, unseen=() if pods is not None else (UNSEEN,))
-    chosen = output or Format(session.settings.output)
-    if chosen in (Format.JSON, Format.YAML):
-        data = as_data(story, body)
-        session.output.data(as_json(data) if chosen is Format.JSON else as_yaml(data))
-    elif chosen is Format.NAME:
-        session.output.data(str(parse_run(run)))
-    else:
-        session.output.data(as_text(story, width=terminal_width(), now=now, paint=session.output.styled))
+    print_story(session, body, pods, output, unseen=() if pods is not None else (UNSEEN,))

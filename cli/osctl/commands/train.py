@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
 from osctl.changing import asks, change
 from osctl.client import Object
-from osctl.errors import ExitCode, UsageError
+from osctl.errors import ExitCode, OsctlError, UsageError
 from osctl.manifests import (
     RUN,
     Choices,
@@ -19,6 +20,7 @@ from osctl.manifests import (
     with_choices,
 )
 from osctl.options import DryRunOption, Format, OutputFormat
+from osctl.screen import print_story
 from osctl.session import Session
 from osctl.submitting import create, print_created, print_forecast, refuse_mistakes
 from osctl.targets import Target, parse_target
@@ -49,6 +51,7 @@ def train(
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Show it live, as `watch` does, and end as it ends.")
     ] = False,
+    local: Annotated[bool, typer.Option("--local", help="Run it here: processes of this machine, no cluster.")] = False,
     dry_run: DryRunOption = None,
     output: OutputFormat = None,
 ) -> ExitCode | None:
@@ -63,8 +66,12 @@ def train(
     With `--follow`, q or Ctrl-C leaves the view and the run goes on. On a terminal it is then asked whether the run
     shall stop as well; Enter, or another Ctrl-C, lets it go on.
 
+    `--local` trains on this machine until the run is over: the same command, environment, restarts and status, with
+    processes instead of pods. Ctrl-C has the ranks save and end, a second one ends them at once; the same command goes
+    on from there.
+
     Examples: `osctl train run.yaml`, `osctl train stage1.py --run-uri s3://bucket/runs/a --nodes 4 --set
-    train.steps=1000`, `osctl train run.yaml --dry-run`.
+    train.steps=1000`, `osctl train run.yaml --dry-run`, `osctl train run.yaml --local --nodes 1`.
     """
     given = Choices(
         name=name,
@@ -80,14 +87,17 @@ def train(
     )
     objects = _objects(session, file, given)
     runs = runs_of(objects, source=file)
-    if (wait or follow) and len(runs) > 1:
-        flag = "--follow" if follow else "--wait"
-        raise UsageError(f"{flag} with {len(runs)} runs", hint="submit them, then `osctl wait` for each")
+    if (wait or follow or local) and len(runs) > 1:
+        option = "--local" if local else "--follow" if follow else "--wait"
+        raise UsageError(f"{option} with {len(runs)} runs", hint="give each a file of its own")
     if follow and output in (Format.JSON, Format.YAML):
         raise UsageError(f"--follow with -o {output.value}", hint="--wait prints nothing but the object")
     refuse_mistakes(session, objects)
     if dry_run is not None:
         print_forecast(session, objects, runs, dry_run=dry_run, output=output)
+        return None
+    if local:
+        _train_here(session, runs[0], objects, output)
         return None
     for body in objects:
         print_created(session, create(session, body), output)
@@ -124,3 +134,13 @@ def _objects(session: Session, file: str, given: Choices) -> list[Object]:
         raise UsageError(f"{file} has several runs: --name would give all the same", hint="leave it out")
     changed = [with_choices(body, given) if body["kind"] == RUN else body for body in objects]
     return sorted(changed, key=lambda body: body["kind"] == RUN)
+
+
+def _train_here(session: Session, run: Object, objects: Sequence[Object], output: Format | None) -> None:
+    """Train, print the run's story or the run itself, and end as it ended."""
+    from osctl.local import train_here, why_it_ended  # needs storage, which is slow to import
+
+    ended = train_here(session, run, objects)
+    print_story(session, ended.run, ended.pods, output)
+    if ended.code != ExitCode.OK:
+        raise OsctlError(why_it_ended(ended.run), exit_code=ended.code)

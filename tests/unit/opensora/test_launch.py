@@ -181,7 +181,7 @@ def test_a_stop_before_the_ranks_start_passes_by_whatever_handles_errors(tmp_pat
 
 
 def test_a_free_port_is_not_one_that_outgoing_connections_take() -> None:
-    port = launch._free_port("127.0.0.1")
+    port = launch.free_port("127.0.0.1")
     assert 1024 <= port < 32768
     with socket.create_server(("127.0.0.1", port)):
         pass
@@ -189,7 +189,7 @@ def test_a_free_port_is_not_one_that_outgoing_connections_take() -> None:
 
 def test_an_address_that_is_not_ours_has_no_free_port() -> None:
     with pytest.raises(UsageError, match=r"192\.0\.2\.1"):  # reserved for documentation, RFC 5737
-        launch._free_port("192.0.2.1")
+        launch.free_port("192.0.2.1")
 
 
 def test_a_name_that_does_not_resolve_is_a_lost_peer() -> None:
