@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from email.utils import mktime_tz, parsedate_tz
 from typing import Any, Self
 from urllib.parse import quote, urlencode, urlsplit
 
@@ -64,6 +65,8 @@ class Client:
     def __init__(self, access: Access, *, timeout_seconds: float = 30.0) -> None:
         self.access = access
         self.num_requests = 0
+        self.clock_ahead: float | None = None
+        """Seconds that the API server's clock is ahead of ours, by its last answer, which tells whole seconds."""
         self._timeout = timeout_seconds
         self._address = urlsplit(access.server)
         self._connection: http.client.HTTPConnection | None = None
@@ -229,7 +232,9 @@ class Client:
         if self._connection is None:
             self._connection = self._connect()
         self._connection.request(method, self._address.path + target, body=payload, headers=dict(headers))
-        return self._connection.getresponse()
+        answer = self._connection.getresponse()
+        self.clock_ahead = _clock_ahead(answer.headers.get("Date"))
+        return answer
 
     def _connect(self) -> http.client.HTTPConnection:
         host, port = self._address.hostname or "", self._address.port
@@ -397,6 +402,14 @@ def _status_of(content: bytes) -> Mapping[str, Any]:
     except ValueError:
         return {}
     return answer if isinstance(answer, dict) else {}
+
+
+def _clock_ahead(date: str | None) -> float | None:
+    parts = parsedate_tz(date)
+    try:
+        return None if parts is None else mktime_tz(parts) - time.time()
+    except (ValueError, OverflowError):  # something else than an API server
+        return None
 
 
 def _pause(answer: http.client.HTTPResponse, attempt: int) -> float | None:

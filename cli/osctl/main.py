@@ -51,6 +51,7 @@ COMMANDS: Mapping[str, Command] = {
     "restart": Command("restart", "Change", "Start a new attempt of a run."),
     "stop": Command("stop", "Change", "Save, and end a run for good; the object stays."),
     "delete": Command("delete", "Change", "Delete objects with everything they own in the cluster."),
+    "doctor": Command("doctor", "Help", "Find what is wrong with an installation."),
     "explain": Command("explain", "Help", "Describe a field of a run file or a config.", asks_cluster=False),
     "config": Command("config", "Help", "Show the settings and where each comes from."),
     "completion": Command("completion", "Help", "Print the completion script of a shell.", asks_cluster=False),
