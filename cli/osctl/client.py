@@ -12,14 +12,17 @@ import socket
 import ssl
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import mktime_tz, parsedate_tz
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import quote, urlencode, urlsplit
 
 from osctl.errors import ApiError, ExitCode, OsctlError
 from osctl.kubeconfig import Access
+
+if TYPE_CHECKING:
+    from websocket import WebSocket
 
 Object = dict[str, Any]
 TABLE = "application/json;as=Table;v=v1;g=meta.k8s.io,application/json"
@@ -200,6 +203,43 @@ class Client:
                 raise self._refusal(answer.status, content, method, path)
             time.sleep(pause)
         raise AssertionError("unreachable")
+
+    def upgrade(self, path: str, query: Sequence[tuple[str, str]], protocol: str) -> WebSocket:
+        """A WebSocket over a connection of its own.
+
+        Raises:
+            ApiError: it was refused.
+            OsctlError: the API server cannot be reached, or something between does not let WebSockets through.
+        """
+        import websocket  # only commands that talk to pods need it
+
+        self.num_requests += 1
+        connection = self._connect()
+        headers = [f"Authorization: Bearer {self.access.token}"] if self.access.token else []
+        target = f"{self._address.path}{path}?{urlencode(query)}"
+        upgraded = websocket.WebSocket(skip_utf8_validation=True)
+        try:
+            connection.connect()
+            upgraded.connect(
+                f"ws://{self._address.netloc}{target}",
+                socket=connection.sock,
+                header=["User-Agent: osctl", *headers],
+                subprotocols=[protocol],
+                suppress_origin=True,
+            )
+        except websocket.WebSocketBadStatusException as error:
+            connection.close()
+            raise self._refusal(error.status_code, error.resp_body or b"", "GET", path) from error
+        except websocket.WebSocketException as error:
+            connection.close()
+            raise OsctlError(
+                f"{self.access.server} does not open a WebSocket: {error}",
+                hint="a proxy on the way may not let WebSockets through",
+            ) from error
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
+            raise self._unreachable(error) from error
+        return upgraded
 
     # Connection
 

@@ -7,7 +7,7 @@ import importlib.metadata
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from opensora_operator.api import (
@@ -486,18 +486,20 @@ def _stores(looks: Looks) -> list[Store]:
     """The URI that was asked for, else the buckets of the namespace's runs."""
     if looks.run_uri:
         return [_try_store(looks.run_uri, is_asked=True)]
-    uris = [str((body.get("spec") or {}).get("runUri") or "") for body in looks.see("objects")]
-    roots = {uri.split("/")[2]: uri for uri in uris if uri.startswith("s3://")}
-    return [_try_store(uri, is_asked=False) for uri in list(roots.values())[:_MAX_STORES]]
+    specs = [body.get("spec") or {} for body in looks.see("objects")]
+    roots = {uri.split("/")[2]: spec for spec in specs if (uri := str(spec.get("runUri"))).startswith("s3://")}
+    return [_try_store(spec["runUri"], spec, is_asked=False) for spec in list(roots.values())[:_MAX_STORES]]
 
 
-def _try_store(uri: str, *, is_asked: bool) -> Store:
-    from opensora.config.train import StorageConfig  # slow to import
-    from opensora.errors import OpenSoraError
+def _try_store(uri: str, spec: Object | None = None, *, is_asked: bool) -> Store:
+    from opensora.errors import OpenSoraError  # slow to import
     from opensora.storage import Storage
+    from osctl.run_directory import open_storage
 
     try:
-        Storage(uri, config=StorageConfig(retry_deadline_seconds=_STORE_SECONDS)).check_access(write=False)
+        storage = open_storage(uri, spec)
+        patient = replace(storage.config, retry_deadline_seconds=_STORE_SECONDS)
+        Storage(uri, config=patient).check_access(write=False)
     except OpenSoraError as error:
         return Store(uri, is_asked, error.message, error.hint or "")
     return Store(uri, is_asked)

@@ -51,6 +51,11 @@ COMMANDS: Mapping[str, Command] = {
     "restart": Command("restart", "Change", "Start a new attempt of a run."),
     "stop": Command("stop", "Change", "Save, and end a run for good; the object stays."),
     "delete": Command("delete", "Change", "Delete objects with everything they own in the cluster."),
+    "exec": Command("exec", "Reach in", "Run a command in the pod of a rank."),
+    "forward": Command(
+        "forward", "Reach in", "Connect ports of this machine with those of a rank's pod, until Ctrl-C."
+    ),
+    "dump": Command("dump", "Reach in", "Show the stacks of all ranks."),
     "doctor": Command("doctor", "Help", "Find what is wrong with an installation."),
     "explain": Command("explain", "Help", "Describe a field of a run file or a config.", asks_cluster=False),
     "config": Command("config", "Help", "Show the settings and where each comes from."),
@@ -116,7 +121,7 @@ def load(name: str) -> Any:
     return typer.main.get_command(app)
 
 
-def _with_options(function: Callable[..., ExitCode | None], entry: Command) -> Callable[..., int]:
+def _with_options(function: Callable[..., int | None], entry: Command) -> Callable[..., int]:
     """The command with more options, and with a session instead of them. Its own option of a name wins."""
     options = {**_OPTIONS, **(_CLUSTER_OPTIONS if entry.asks_cluster else {})}
     signature = inspect.signature(function)

@@ -101,7 +101,7 @@ def tell(body: Object, pods: Sequence[PodView] | None, *, now: float, unseen: Se
         since=max(0.0, (status.ended_at or now) - created),
         run_uri=spec.run_uri,
         next=_next_step(body, spec, status, now=now, waited=now - created),
-        failure=_newest_failure(status),
+        failure=newest_failure(status),
         pods=tuple(_pod_line(pod) for pod in pods or () if pod.attempt == max(1, status.attempt)),
         unseen=tuple(unseen),
         status=status,
@@ -201,7 +201,8 @@ def _remedy(status: TrainingRunStatus, kind: ConditionType) -> str:
     return "" if explanation is None or explanation.remedy == "Nothing to do." else explanation.remedy
 
 
-def _newest_failure(status: TrainingRunStatus) -> Failure | None:
+def newest_failure(status: TrainingRunStatus) -> Failure | None:
+    """The first rank that failed in the newest attempt that failed."""
     for record in reversed(status.attempts):
         if _is_failure(record):
             return Failure(
