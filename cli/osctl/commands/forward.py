@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 from dataclasses import dataclass
@@ -116,6 +117,6 @@ def _listen(port: _Port) -> socket.socket:
         return socket.create_server((_ADDRESS, port.local))
     except OSError as error:
         raise OsctlError(
-            f"port {port.local} of this machine cannot be used: {error.strerror or error}",
+            f"port {port.local} of this machine cannot be used: {os.strerror(error.errno or 0)}",
             hint=f"`:{port.remote}` takes a free one",
         ) from error
