@@ -13,12 +13,14 @@ import ssl
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import mktime_tz, parsedate_tz
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import quote, urlencode, urlsplit
 
-from osctl.errors import ApiError, ExitCode, OsctlError
+from osctl.certificates import ends_at
+from osctl.errors import ApiError, ExitCode, OsctlError, UsageError
 from osctl.kubeconfig import Access
 
 if TYPE_CHECKING:
@@ -50,10 +52,10 @@ class Resource:
         root = "/api" if "/" not in self.api_version else "/apis"
         parts = [f"{root}/{self.api_version}"]
         if self.namespaced and namespace:
-            parts += ["namespaces", quote(namespace, safe="")]
+            parts += ["namespaces", _quoted(namespace)]
         parts.append(self.plural)
         if name is not None:
-            parts.append(quote(name, safe=""))
+            parts.append(_quoted(name))
         return "/".join(parts)
 
 
@@ -271,7 +273,10 @@ class Client:
     ) -> http.client.HTTPResponse:
         if self._connection is None:
             self._connection = self._connect()
-        self._connection.request(method, self._address.path + target, body=payload, headers=dict(headers))
+        if self._connection.sock is None:
+            self._connection.connect()
+        with suppress(BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):  # it may have said why before
+            self._connection.request(method, self._address.path + target, body=payload, headers=dict(headers))
         answer = self._connection.getresponse()
         self.clock_ahead = _clock_ahead(answer.headers.get("Date"))
         return answer
@@ -327,6 +332,9 @@ class Client:
 
     def _unreachable(self, error: Exception) -> OsctlError:
         server, source = self.access.server, self.access.source
+        expired = self._expired()
+        if expired is not None and isinstance(error, ssl.SSLError | ConnectionError):
+            return expired
         if isinstance(error, ssl.SSLCertVerificationError):
             return OsctlError(
                 f"{server} shows a certificate that is not to be trusted: {error.verify_message}",
@@ -352,6 +360,18 @@ class Client:
             hint=f"check that the cluster runs, and the address in {source}",
         )
 
+    def _expired(self) -> OsctlError | None:
+        """Why we are not let in, where our certificate has ended."""
+        end = ends_at(self.access.certificate) if self.access.certificate else None
+        if end is None or end > time.time():
+            return None
+        day = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(end))
+        return OsctlError(
+            f"the client certificate in {self.access.source} has expired: it was good until {day}",
+            hint="log in again, or make the kubeconfig anew",
+            exit_code=ExitCode.NOT_ALLOWED,
+        )
+
     def _refusal(self, status: int, content: bytes, method: str, path: str) -> ApiError:
         answer = _status_of(content)
         message = str(answer.get("message") or content.decode(errors="replace").strip()[:300] or f"HTTP {status}")
@@ -360,7 +380,9 @@ class Client:
         hint: str | None = None
         code = ExitCode.ERROR
         if status == 401:
-            message, code = f"{self.access.server} does not know you: {message}", ExitCode.NOT_ALLOWED
+            expired = self._expired()
+            words = f"{self.access.server} does not know you: {message}" if expired is None else expired.message
+            message, code = words, ExitCode.NOT_ALLOWED
             hint = f"the login in {source} is wrong or has expired: log in again"
         elif status == 403:
             code, hint = ExitCode.NOT_ALLOWED, "ask whoever runs the cluster for this right"
@@ -415,6 +437,13 @@ def _load_certificate(context: ssl.SSLContext, certificate: str, key: str) -> No
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
             file.write(certificate + "\n" + key + "\n")
         context.load_cert_chain(path)
+
+
+def _quoted(name: str) -> str:
+    """A name as a part of a path. Raises UsageError for those that would make it another path."""
+    if name in ("", ".", ".."):
+        raise UsageError(f"{name!r} is no name", hint="names have lower-case letters, digits and -")
+    return quote(name, safe="", errors="replace")
 
 
 def _dry(dry_run: bool) -> dict[str, str]:

@@ -37,6 +37,8 @@ class Command:
     summary: str
     """First sentence of its help, here so that the list of commands imports none of them."""
     asks_cluster: bool = True
+    passes_words: bool = False
+    """What follows its first word belongs to somebody else, and is not looked at."""
 
 
 COMMANDS: Mapping[str, Command] = {
@@ -52,10 +54,12 @@ COMMANDS: Mapping[str, Command] = {
     "stop": Command("stop", "Change", "Save, and end a run for good; the object stays."),
     "delete": Command("delete", "Change", "Delete objects with everything they own in the cluster."),
     "exec": Command("exec", "Reach in", "Run a command in the pod of a rank."),
-    "forward": Command(
-        "forward", "Reach in", "Connect ports of this machine with those of a rank's pod, until Ctrl-C."
-    ),
+    "forward": Command("forward", "Reach in", "Connect ports of this machine with those of a rank."),
     "dump": Command("dump", "Reach in", "Show the stacks of all ranks."),
+    "data": Command(
+        "data", "Tools", "Run a tool of the data pipeline on this machine.", asks_cluster=False, passes_words=True
+    ),
+    "eval": Command("eval", "Tools", "Run an evaluation on this machine.", asks_cluster=False, passes_words=True),
     "doctor": Command("doctor", "Help", "Find what is wrong with an installation."),
     "explain": Command("explain", "Help", "Describe a field of a run file or a config.", asks_cluster=False),
     "config": Command("config", "Help", "Show the settings and where each comes from."),
@@ -108,6 +112,7 @@ _CLUSTER_OPTIONS: Mapping[str, tuple[Any, Any]] = {
     "kubeconfig": (Kubeconfig, None),
     "timeout": (Timeout, None),
 }
+_TAKING_VALUES = ("-n", "--namespace", "--context", "--kubeconfig", "--timeout")
 _SETTINGS = {"timeout": "timeout_seconds"}
 """Option → setting, where they have different names."""
 
@@ -117,7 +122,8 @@ def load(name: str) -> Any:
     entry = COMMANDS[name]
     function = getattr(importlib.import_module(f"osctl.commands.{entry.module}"), name)
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.command(name, context_settings={"help_option_names": ["-h", "--help"]})(_with_options(function, entry))
+    settings = {"help_option_names": ["-h", "--help"], "allow_interspersed_args": not entry.passes_words}
+    app.command(name, context_settings=settings)(_with_options(function, entry))
     return typer.main.get_command(app)
 
 
@@ -225,8 +231,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _completed(words: Sequence[str]) -> list[str]:
     """`--dry-run` without a value is `--dry-run=client`, which typer cannot be told."""
+    command = _command_in(words)
+    if command in COMMANDS and COMMANDS[command].passes_words:
+        return list(words)
     end = words.index("--") if "--" in words else len(words)
     return [("--dry-run=client" if word == "--dry-run" else word) for word in words[:end]] + list(words[end:])
+
+
+def _command_in(words: Sequence[str]) -> str:
+    """The first word that is neither an option of all commands nor its value."""
+    rest = iter(words)
+    for word in rest:
+        if not word.startswith("-"):
+            return word
+        if word in _TAKING_VALUES:
+            next(rest, None)
+    return ""
 
 
 def _usage_error(error: Any) -> int:

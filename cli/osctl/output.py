@@ -46,10 +46,9 @@ class Output:
 
     def error(self, message: str, hint: str | None) -> None:
         """Why it did not work, and what to do."""
-        style: Style = "bad"
-        _write(sys.stderr, f"{self.styled('error:', style, sys.stderr)} {message}")
+        _write(sys.stderr, f"{self.styled('error:', 'bad', sys.stderr)} {_one_line(message)}")
         if hint:
-            _write(sys.stderr, f"{self.styled('hint:', 'bold', sys.stderr)} {hint}")
+            _write(sys.stderr, f"{self.styled('hint:', 'bold', sys.stderr)} {_one_line(hint)}")
 
     def styled(self, text: str, style: Style, stream: TextIO | None = None) -> str:
         """The text with its colour, where the stream shows colours."""
@@ -100,6 +99,11 @@ def as_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def printable(text: str) -> str:
     """Text of others, on one line and without what would move a terminal's cursor."""
     return "".join(char if char.isprintable() else " " for char in text)
+
+
+def _one_line(text: str) -> str:
+    """Some of it was said by others."""
+    return printable(" ".join(text.split()))
 
 
 def terminal_width() -> int:

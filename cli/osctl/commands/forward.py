@@ -35,10 +35,11 @@ def forward(
     ],
     rank: Rank = "0",
 ) -> None:
-    """Connect ports of this machine with those of a rank's pod, until Ctrl-C.
+    """Connect ports of this machine with those of a rank.
 
-    Only this machine can reach them, at 127.0.0.1. `:PORT` takes a free port here and says which. Connections that
-    come after a restart of the run go to its new pod. It needs the right to create pods/portforward.
+    It goes on until Ctrl-C. Only this machine can reach them, at 127.0.0.1. `:PORT` takes a free port here and says
+    which. Connections that come after a restart of the run go to its new pod. It needs the right to create
+    pods/portforward.
 
     Examples: `osctl forward first 6006`, `osctl forward first 8080:80`, `osctl forward first :29500 --rank 4`.
     """
