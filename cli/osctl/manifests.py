@@ -74,8 +74,11 @@ def read_manifests(path: str) -> list[Object]:
     """The objects of a manifest: of our kinds, and ConfigMaps that they read. Raises UsageError."""
     found = []
     for document in read_documents(path):
-        items = document.get("items") if isinstance(document, dict) and document.get("kind") == "List" else [document]
-        for item in items or ():
+        is_list = isinstance(document, dict) and document.get("kind") == "List"
+        items = (document.get("items") or []) if is_list else [document]
+        if not isinstance(items, list):
+            raise UsageError(f"{path}: items of a List is no list", hint="correct the file")
+        for item in items:
             resource_of_object(item, source=path)
             found.append(item)
     return found

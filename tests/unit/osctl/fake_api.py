@@ -27,7 +27,7 @@ class Request:
     headers: dict[str, str]
 
 
-@dataclass(repr=False)
+@dataclass
 class FakeApi:
     """Answers by method and path; anything else is an unknown path."""
 

@@ -291,7 +291,10 @@ def _garbled(draw: Any, value: Any) -> Any:
 STORED = {
     "apiVersion": "opensora.dev/v1alpha1",
     "kind": "TrainingRun",
-    "metadata": {"name": "first", "namespace": "team", "uid": "u", "creationTimestamp": "2026-01-01T00:00:00Z"},
+    "metadata": {
+        "name": "first", "namespace": "team", "uid": "u", "resourceVersion": "1",
+        "creationTimestamp": "2026-01-01T00:00:00Z",
+    },
     "spec": {"runUri": "s3://b/first", "config": {"inline": "{}"}, "nodes": 2},
     "status": {
         "phase": "Restarting",
@@ -332,6 +335,7 @@ def test_commands_on_any_status_end_well(somewhere: Path, api: FakeApi, command:
     body = {**STORED, "status": status}
     with ExitStack() as put_back:
         put_back.callback(api.answers.clear)
+        put_back.callback(api.requests.clear)
         for method in ("GET", "PATCH"):
             api.on(method, RUN, body)
         api.on("GET", "/api/v1/namespaces/team/pods", {"items": [], "metadata": {}})
