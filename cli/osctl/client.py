@@ -387,7 +387,7 @@ class Client:
         elif status == 403:
             code, hint = ExitCode.NOT_ALLOWED, "ask whoever runs the cluster for this right"
         elif status == 404 and not answer.get("details", {}).get("name"):
-            code, hint = ExitCode.NOT_FOUND, "is the operator installed? `kubectl get crd | grep opensora.dev`"
+            code, hint = ExitCode.NOT_FOUND, "is the operator installed? `osctl doctor` tells"
             message = f"the cluster does not know {path.split('?')[0]}"
             reason = "UnknownKind"
         elif status == 404:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from osctl.errors import ExitCode, OsctlError
 from osctl.output import Output, OutputClosedError
@@ -93,6 +93,33 @@ class _Commands(TyperGroup):
                 formatter.write_dl(rows, col_max=12)
 
 
+class _Command(TyperCommand):
+    """Shows its arguments by the names that its help uses, as `kubectl` does: `RUN`, `[KIND] [NAME]...`."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return ["[OPTIONS]", *(usage_of(parameter) for parameter in self.params if is_argument(parameter))]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        parameters: list[Any] = self.get_params(ctx)
+        arguments = [(usage_of(each), each.help or "") for each in parameters if is_argument(each)]
+        options = [record for each in parameters if not is_argument(each) and (record := each.get_help_record(ctx))]
+        for title, records in (("Arguments", arguments), ("Options", options)):
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
+def is_argument(parameter: Any) -> bool:
+    """Whether it has its place on the command line, rather than a name."""
+    return not parameter.opts[0].startswith("-")
+
+
+def usage_of(argument: Any) -> str:
+    """An argument on a usage line."""
+    name = str(argument.metavar or argument.name.upper())
+    return name if argument.required or name.startswith("[") else f"[{name}]"
+
+
 # ------------------------------------------------------------------------------------------------- options of all
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but data and errors.")]
@@ -123,7 +150,7 @@ def load(name: str) -> Any:
     function = getattr(importlib.import_module(f"osctl.commands.{entry.module}"), name)
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     settings = {"help_option_names": ["-h", "--help"], "allow_interspersed_args": not entry.passes_words}
-    app.command(name, context_settings=settings)(_with_options(function, entry))
+    app.command(name, cls=_Command, context_settings=settings)(_with_options(function, entry))
     return typer.main.get_command(app)
 
 
@@ -181,7 +208,9 @@ app = typer.Typer(
 )
 
 
-@app.callback(epilog="Every command has --help; `osctl config view` shows the settings.")
+@app.callback(
+    epilog="Every command has --help. `osctl doctor` tells whether all is well; `osctl config view` shows the settings."
+)
 def _root(
     ctx: typer.Context,
     namespace: Namespace = None,
