@@ -7,7 +7,7 @@ import importlib.metadata
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from opensora_operator.api import (
@@ -493,13 +493,10 @@ def _stores(looks: Looks) -> list[Store]:
 
 def _try_store(uri: str, spec: Object | None = None, *, is_asked: bool) -> Store:
     from opensora.errors import OpenSoraError  # slow to import
-    from opensora.storage import Storage
     from osctl.run_directory import open_storage
 
     try:
-        storage = open_storage(uri, spec)
-        patient = replace(storage.config, retry_deadline_seconds=_STORE_SECONDS)
-        Storage(uri, config=patient).check_access(write=False)
+        open_storage(uri, spec, patience_seconds=_STORE_SECONDS).check_access(write=False)
     except OpenSoraError as error:
         return Store(uri, is_asked, error.message, error.hint or "")
     return Store(uri, is_asked)

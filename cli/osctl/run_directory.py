@@ -57,7 +57,7 @@ def open_run_directory(session: Session, word: str) -> RunDirectory:
     return RunDirectory(target.name, storage, body)
 
 
-def open_storage(uri: str, spec: Any = None) -> Storage:
+def open_storage(uri: str, spec: Any = None, *, patience_seconds: float = 300.0) -> Storage:
     """The store behind a URI. The endpoint of this machine's environment wins over that of an object's spec, which is
     often an address inside of the cluster."""
     from opensora.config.train import StorageConfig
@@ -66,7 +66,7 @@ def open_storage(uri: str, spec: Any = None) -> Storage:
     endpoint = ((spec or {}).get("storage") or {}).get("endpoint")
     if any(os.environ.get(name) for name in _ENDPOINTS):
         endpoint = None
-    return Storage(uri, config=StorageConfig(endpoint_url=endpoint))
+    return Storage(uri, config=StorageConfig(endpoint_url=endpoint, retry_deadline_seconds=patience_seconds))
 
 
 def _refuse_missing(storage: Storage, *, hint: str) -> None:

@@ -17,6 +17,9 @@ from osctl.session import Session
 from osctl.targets import Target, fetch, parse_run, phase_of, refuse_ended
 from osctl.waiting import Goal, parse_duration, reach
 
+_STORE_SECONDS = 30.0
+"""The place is told as well, so that a store which is out keeps nobody waiting."""
+
 
 def dump(
     session: Session,
@@ -76,7 +79,7 @@ def _show(session: Session, body: Object, request: str) -> None:
     folder = f"{dumps_prefix(int(body['status'].get('attempt') or 1))}/{request}"
     place = f"{str(spec['runUri']).rstrip('/')}/{folder}"
     try:
-        run = open_storage(spec["runUri"], spec)
+        run = open_storage(spec["runUri"], spec, patience_seconds=_STORE_SECONDS)
         names = sorted(run.list_names(folder), key=lambda name: (len(name), name))
         stacks = [(name.removesuffix(".txt"), run.read(f"{folder}/{name}")) for name in names]
     except StorageError as error:
