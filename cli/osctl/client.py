@@ -13,14 +13,19 @@ import ssl
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Self
+from email.utils import mktime_tz, parsedate_tz
+from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import quote, urlencode, urlsplit
 
-from osctl.errors import ApiError, ExitCode, OsctlError, UnreachableError
+from osctl.certificates import ends_at
+from osctl.errors import ApiError, ExitCode, OsctlError, UnreachableError, UsageError
 from osctl.kubeconfig import Access
+
+if TYPE_CHECKING:
+    from websocket import WebSocket
 
 Object = dict[str, Any]
 TABLE = "application/json;as=Table;v=v1;g=meta.k8s.io,application/json"
@@ -50,10 +55,10 @@ class Resource:
         root = "/api" if "/" not in self.api_version else "/apis"
         parts = [f"{root}/{self.api_version}"]
         if self.namespaced and namespace:
-            parts += ["namespaces", quote(namespace, safe="")]
+            parts += ["namespaces", _quoted(namespace)]
         parts.append(self.plural)
         if name is not None:
-            parts.append(quote(name, safe=""))
+            parts.append(_quoted(name))
         return "/".join(parts)
 
 
@@ -75,6 +80,8 @@ class Client:
     ) -> None:
         """`renew` logs in again, where a login can expire while a command goes on."""
         self.num_requests = 0
+        self.clock_ahead: float | None = None
+        """Seconds that the API server's clock is ahead of ours, by its last answer, which tells whole seconds."""
         self._timeout = timeout_seconds
         self._login = _Login(access, renew)
         self._address = urlsplit(access.server)
@@ -257,6 +264,43 @@ class Client:
             time.sleep(pause)
         raise AssertionError("unreachable")
 
+    def upgrade(self, path: str, query: Sequence[tuple[str, str]], protocol: str) -> WebSocket:
+        """A WebSocket over a connection of its own.
+
+        Raises:
+            ApiError: it was refused.
+            OsctlError: the API server cannot be reached, or something between does not let WebSockets through.
+        """
+        import websocket  # only commands that talk to pods need it
+
+        self.num_requests += 1
+        connection = self._connect()
+        headers = [f"Authorization: Bearer {self.access.token}"] if self.access.token else []
+        target = f"{self._address.path}{path}?{urlencode(query)}"
+        upgraded = websocket.WebSocket(skip_utf8_validation=True)
+        try:
+            connection.connect()
+            upgraded.connect(
+                f"ws://{self._address.netloc}{target}",
+                socket=connection.sock,
+                header=["User-Agent: osctl", *headers],
+                subprotocols=[protocol],
+                suppress_origin=True,
+            )
+        except websocket.WebSocketBadStatusException as error:
+            connection.close()
+            raise self._refusal(error.status_code, error.resp_body or b"", "GET", path) from error
+        except websocket.WebSocketException as error:
+            connection.close()
+            raise OsctlError(
+                f"{self.access.server} does not open a WebSocket: {error}",
+                hint="a proxy on the way may not let WebSockets through",
+            ) from error
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
+            raise self._unreachable(error) from error
+        return upgraded
+
     # Connection
 
     def _send(
@@ -287,8 +331,13 @@ class Client:
     ) -> http.client.HTTPResponse:
         if self._connection is None:
             self._connection = self._connect()
-        self._connection.request(method, self._address.path + target, body=payload, headers=dict(headers))
-        return self._connection.getresponse()
+        if self._connection.sock is None:
+            self._connection.connect()
+        with suppress(BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):  # it may have said why before
+            self._connection.request(method, self._address.path + target, body=payload, headers=dict(headers))
+        answer = self._connection.getresponse()
+        self.clock_ahead = _clock_ahead(answer.headers.get("Date"))
+        return answer
 
     def _connect(self) -> http.client.HTTPConnection:
         host, port = self._address.hostname or "", self._address.port
@@ -323,6 +372,9 @@ class Client:
 
     def _unreachable(self, error: Exception) -> OsctlError:
         server, source = self.access.server, self.access.source
+        expired = self._expired()
+        if expired is not None and isinstance(error, ssl.SSLError | ConnectionError):
+            return expired
         if isinstance(error, ssl.SSLCertVerificationError):
             return OsctlError(
                 f"{server} shows a certificate that is not to be trusted: {error.verify_message}",
@@ -348,6 +400,18 @@ class Client:
             hint=f"check that the cluster runs, and the address in {source}",
         )
 
+    def _expired(self) -> OsctlError | None:
+        """Why we are not let in, where our certificate has ended."""
+        end = ends_at(self.access.certificate) if self.access.certificate else None
+        if end is None or end > time.time():
+            return None
+        day = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(end))
+        return OsctlError(
+            f"the client certificate in {self.access.source} has expired: it was good until {day}",
+            hint="log in again, or make the kubeconfig anew",
+            exit_code=ExitCode.NOT_ALLOWED,
+        )
+
     def _refusal(self, status: int, content: bytes, method: str, path: str) -> ApiError:
         answer = _status_of(content)
         message = str(answer.get("message") or content.decode(errors="replace").strip()[:300] or f"HTTP {status}")
@@ -356,12 +420,14 @@ class Client:
         hint: str | None = None
         code = ExitCode.ERROR
         if status == 401:
-            message, code = f"{self.access.server} does not know you: {message}", ExitCode.NOT_ALLOWED
+            expired = self._expired()
+            words = f"{self.access.server} does not know you: {message}" if expired is None else expired.message
+            message, code = words, ExitCode.NOT_ALLOWED
             hint = f"the login in {source} is wrong or has expired: log in again"
         elif status == 403:
             code, hint = ExitCode.NOT_ALLOWED, "ask whoever runs the cluster for this right"
         elif status == 404 and not answer.get("details", {}).get("name"):
-            code, hint = ExitCode.NOT_FOUND, "is the operator installed? `kubectl get crd | grep opensora.dev`"
+            code, hint = ExitCode.NOT_FOUND, "is the operator installed? `osctl doctor` tells"
             message = f"the cluster does not know {path.split('?')[0]}"
             reason = "UnknownKind"
         elif status == 404:
@@ -461,6 +527,13 @@ def _lines(pieces: Iterator[bytes]) -> Iterator[bytes]:
         yield rest
 
 
+def _quoted(name: str) -> str:
+    """A name as a part of a path. Raises UsageError for those that would make it another path."""
+    if name in ("", ".", ".."):
+        raise UsageError(f"{name!r} is no name", hint="names have lower-case letters, digits and -")
+    return quote(name, safe="", errors="replace")
+
+
 def _dry(dry_run: bool) -> dict[str, str]:
     return {"dryRun": "All"} if dry_run else {}
 
@@ -486,6 +559,14 @@ def _status_of(content: bytes) -> Mapping[str, Any]:
     except ValueError:
         return {}
     return answer if isinstance(answer, dict) else {}
+
+
+def _clock_ahead(date: str | None) -> float | None:
+    parts = parsedate_tz(date)
+    try:
+        return None if parts is None else mktime_tz(parts) - time.time()
+    except (ValueError, OverflowError):  # something else than an API server
+        return None
 
 
 def _pause(answer: http.client.HTTPResponse, attempt: int) -> float | None:

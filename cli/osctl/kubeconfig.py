@@ -7,14 +7,14 @@ understood, and said so: `auth-provider`, which Kubernetes itself no longer has.
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from osctl.errors import ExitCode, OsctlError
 
@@ -115,10 +115,8 @@ def _from_files(files: Sequence[Path], context: str, environment: Mapping[str, s
         content = _read(file)
         current = current or str(content.get("current-context") or "")
         for section, known in merged.items():
-            for entry in content.get(section) or ():
-                if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
-                    raise KubeconfigError(f"{file}: an entry of {section} has no name", hint="correct the file")
-                known.setdefault(entry["name"], (entry.get(section[:-1]) or {}, file))  # the first file wins
+            for name, entry in _entries(content, section, file):
+                known.setdefault(name, (entry, file))  # the first file wins
     source = os.pathsep.join(map(str, files))
     name = context or current
     if not name:
@@ -127,9 +125,18 @@ def _from_files(files: Sequence[Path], context: str, environment: Mapping[str, s
         )
     chosen, _ = _entry(merged, "contexts", name, source)
     cluster, cluster_file = _entry(merged, "clusters", str(chosen.get("cluster") or ""), source)
-    server = cluster.get("server")
-    if not isinstance(server, str) or not server.startswith(("https://", "http://")):
-        raise KubeconfigError(f"{source}: the cluster of context {name} has no server address", hint="correct the file")
+    server = _word(cluster, "server", cluster_file) or ""
+    if not _is_address(server):
+        raise KubeconfigError(
+            f"{source}: the cluster of context {name} has no server address that can be used: {server!r}",
+            hint="correct the file: it is https://HOST:PORT",
+        )
+    proxy = _word(cluster, "proxy-url", cluster_file)
+    if proxy and not _is_address(proxy):
+        raise KubeconfigError(
+            f"{source}: the cluster of context {name} has a proxy that cannot be used: {proxy!r}",
+            hint="correct the file: it is http://HOST:PORT",
+        )
     user: Mapping[str, Any] = {}
     user_file = cluster_file
     if chosen.get("user"):
@@ -141,9 +148,9 @@ def _from_files(files: Sequence[Path], context: str, environment: Mapping[str, s
         source=source,
         context=name,
         authority=_text(cluster, "certificate-authority", cluster_file),
-        server_name=cluster.get("tls-server-name"),
+        server_name=_word(cluster, "tls-server-name", cluster_file),
         is_insecure=bool(cluster.get("insecure-skip-tls-verify")),
-        proxy=cluster.get("proxy-url"),
+        proxy=proxy,
         **login,
     )
 
@@ -154,12 +161,45 @@ def _read(file: Path) -> Mapping[str, Any]:
     try:
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
         content = yaml.load(file.read_text(encoding="utf-8"), Loader=loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        first = str(error).splitlines()[0]
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        first = (str(error) or type(error).__name__).splitlines()[0]
         raise KubeconfigError(f"{file} cannot be read: {first}", hint="correct the file, or name another") from error
     if not isinstance(content, Mapping):
         raise KubeconfigError(f"{file} is no kubeconfig", hint="name another file with --kubeconfig")
     return content
+
+
+def _entries(content: Mapping[str, Any], section: str, file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Name and content of each entry of a section."""
+    entries = content.get(section) or ()
+    if not isinstance(entries, list | tuple):
+        raise KubeconfigError(f"{file}: {section} is no list", hint="correct the file")
+    for entry in entries:
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
+            raise KubeconfigError(f"{file}: an entry of {section} has no name", hint="correct the file")
+        inner = entry.get(section[:-1]) or {}
+        if not isinstance(inner, Mapping):
+            raise KubeconfigError(f"{file}: {section[:-1]} {entry['name']} has no fields", hint="correct the file")
+        yield entry["name"], inner
+
+
+def _word(entry: Mapping[str, Any], key: str, file: Path) -> str | None:
+    """A text of one line; None where there is none."""
+    value = entry.get(key)
+    if value is None or value == "":
+        return None
+    text = value.strip() if isinstance(value, str) else ""
+    if not text or not text.isascii() or not text.isprintable():
+        raise KubeconfigError(f"{file}: {key} is no word", hint="correct the file")
+    return text
+
+
+def _is_address(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, brackets that do not match
+        return False
 
 
 def _entry(
@@ -180,7 +220,7 @@ def _text(entry: Mapping[str, Any], key: str, file: Path) -> str | None:
     if data:
         try:
             return base64.b64decode(str(data), validate=True).decode()
-        except (binascii.Error, UnicodeDecodeError) as error:
+        except ValueError as error:  # no base64, or no text
             raise KubeconfigError(f"{file}: {key}-data is no base64 of a PEM text", hint="correct the file") from error
     return _file_text(entry.get(key), file)
 
@@ -188,10 +228,11 @@ def _text(entry: Mapping[str, Any], key: str, file: Path) -> str | None:
 def _file_text(name: Any, file: Path) -> str | None:
     if not name:
         return None
-    path = file.parent / Path(str(name)).expanduser()
+    path = file.parent / str(name)
     try:
+        path = file.parent / Path(str(name)).expanduser()
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: nobody of this name has a home
         raise KubeconfigError(f"{file} names {path}, which cannot be read: {error}", hint="correct the file") from error
 
 
@@ -214,11 +255,14 @@ def _login(
             exit_code=ExitCode.NOT_ALLOWED,
         )
     login = {
-        "token": user.get("token") or (_file_text(user.get("tokenFile"), file) or "").strip() or None,
+        "token": _word(user, "token", file)
+        or _word({"tokenFile": _file_text(user.get("tokenFile"), file)}, "tokenFile", file),
         "certificate": _text(user, "client-certificate", file),
         "key": _text(user, "client-key", file),
     }
     if user.get("exec"):
+        if not isinstance(user["exec"], Mapping):
+            raise KubeconfigError(f"{file}: exec has no fields", hint="correct the file")
         login = _ask_plugin(user["exec"], file, cluster, environment)
     return login
 
@@ -236,12 +280,18 @@ def _ask_plugin(
     if plugin.get("provideClusterInfo"):
         wanted = ("server", "certificate-authority-data", "tls-server-name", "insecure-skip-tls-verify", "proxy-url")
         info["spec"]["cluster"] = {key: cluster[key] for key in wanted if key in cluster}
-    variables = {entry["name"]: entry["value"] for entry in plugin.get("env") or ()}
+    try:
+        variables = {str(entry["name"]): str(entry["value"]) for entry in plugin.get("env") or ()}
+        words = [str(word) for word in plugin.get("args") or ()]
+    except (TypeError, KeyError) as error:
+        raise KubeconfigError(
+            f"{file}: env or args of the exec plugin {command} is no list as it should be", hint="correct the file"
+        ) from error
     program = command if os.sep not in command else str(file.parent / command)
     failed = f"the login program {command} of {file}"
     try:
         answer = subprocess.run(
-            [program, *map(str, plugin.get("args") or ())],
+            [program, *words],
             env={**environment, **variables, "KUBERNETES_EXEC_INFO": json.dumps(info)},
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -251,7 +301,7 @@ def _ask_plugin(
     except FileNotFoundError:
         hint = plugin.get("installHint") or f"install {command}, or make the kubeconfig anew"
         raise KubeconfigError(f"{failed} is not installed", hint=" ".join(str(hint).split())) from None
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:  # ValueError: a word that no program can be given
         raise KubeconfigError(f"{failed} did not work: {error}", hint=f"run `{command}` by hand") from error
     if answer.returncode:
         words = answer.stderr.strip().splitlines()
@@ -263,7 +313,7 @@ def _ask_plugin(
     try:
         status = json.loads(answer.stdout)["status"]
         return {
-            "token": status.get("token"),
+            "token": _word(status, "token", file),
             "certificate": status.get("clientCertificateData"),
             "key": status.get("clientKeyData"),
         }

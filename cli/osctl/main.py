@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from osctl.errors import ExitCode, OsctlError
 from osctl.output import Output, OutputClosedError
@@ -39,6 +39,8 @@ class Command:
     summary: str
     """First sentence of its help, here so that the list of commands imports none of them."""
     asks_cluster: bool = True
+    passes_words: bool = False
+    """What follows its first word belongs to somebody else, and is not looked at."""
 
 
 COMMANDS: Mapping[str, Command] = {
@@ -63,6 +65,14 @@ COMMANDS: Mapping[str, Command] = {
     "restart": Command("restart", "Change", "Start a new attempt of a run."),
     "stop": Command("stop", "Change", "Save, and end a run for good; the object stays."),
     "delete": Command("delete", "Change", "Delete objects with everything they own in the cluster."),
+    "exec": Command("exec", "Reach in", "Run a command in the pod of a rank."),
+    "forward": Command("forward", "Reach in", "Connect ports of this machine with those of a rank."),
+    "dump": Command("dump", "Reach in", "Show the stacks of all ranks."),
+    "data": Command(
+        "data", "Tools", "Run a tool of the data pipeline on this machine.", asks_cluster=False, passes_words=True
+    ),
+    "eval": Command("eval", "Tools", "Run an evaluation on this machine.", asks_cluster=False, passes_words=True),
+    "doctor": Command("doctor", "Help", "Find what is wrong with an installation."),
     "explain": Command("explain", "Help", "Describe a field of a run file or a config.", asks_cluster=False),
     "config": Command("config", "Help", "Show the settings and where each comes from."),
     "completion": Command("completion", "Help", "Print the completion script of a shell.", asks_cluster=False),
@@ -95,6 +105,33 @@ class _Commands(TyperGroup):
                 formatter.write_dl(rows, col_max=12)
 
 
+class _Command(TyperCommand):
+    """Shows its arguments by the names that its help uses, as `kubectl` does: `RUN`, `[KIND] [NAME]...`."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return ["[OPTIONS]", *(usage_of(parameter) for parameter in self.params if is_argument(parameter))]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        parameters: list[Any] = self.get_params(ctx)
+        arguments = [(usage_of(each), each.help or "") for each in parameters if is_argument(each)]
+        options = [record for each in parameters if not is_argument(each) and (record := each.get_help_record(ctx))]
+        for title, records in (("Arguments", arguments), ("Options", options)):
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
+def is_argument(parameter: Any) -> bool:
+    """Whether it has its place on the command line, rather than a name."""
+    return not parameter.opts[0].startswith("-")
+
+
+def usage_of(argument: Any) -> str:
+    """An argument on a usage line."""
+    name = str(argument.metavar or argument.name.upper())
+    return name if argument.required or name.startswith("[") else f"[{name}]"
+
+
 # ------------------------------------------------------------------------------------------------- options of all
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but data and errors.")]
@@ -114,6 +151,7 @@ _CLUSTER_OPTIONS: Mapping[str, tuple[Any, Any]] = {
     "kubeconfig": (Kubeconfig, None),
     "timeout": (Timeout, None),
 }
+_TAKING_VALUES = ("-n", "--namespace", "--context", "--kubeconfig", "--timeout")
 _SETTINGS = {"timeout": "timeout_seconds"}
 """Option → setting, where they have different names."""
 
@@ -123,11 +161,12 @@ def load(name: str) -> Any:
     entry = COMMANDS[name]
     function = getattr(importlib.import_module(f"osctl.commands.{entry.module}"), name)
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.command(name, context_settings={"help_option_names": ["-h", "--help"]})(_with_options(function, entry))
+    settings = {"help_option_names": ["-h", "--help"], "allow_interspersed_args": not entry.passes_words}
+    app.command(name, cls=_Command, context_settings=settings)(_with_options(function, entry))
     return typer.main.get_command(app)
 
 
-def _with_options(function: Callable[..., ExitCode | None], entry: Command) -> Callable[..., int]:
+def _with_options(function: Callable[..., int | None], entry: Command) -> Callable[..., int]:
     """The command with more options, and with a session instead of them. Its own option of a name wins."""
     options = {**_OPTIONS, **(_CLUSTER_OPTIONS if entry.asks_cluster else {})}
     signature = inspect.signature(function)
@@ -181,7 +220,9 @@ app = typer.Typer(
 )
 
 
-@app.callback(epilog="Every command has --help; `osctl config view` shows the settings.")
+@app.callback(
+    epilog="Every command has --help. `osctl doctor` tells whether all is well; `osctl config view` shows the settings."
+)
 def _root(
     ctx: typer.Context,
     namespace: Namespace = None,
@@ -240,8 +281,22 @@ def _teach_shells() -> None:
 
 def _completed(words: Sequence[str]) -> list[str]:
     """`--dry-run` without a value is `--dry-run=client`, which typer cannot be told."""
+    command = _command_in(words)
+    if command in COMMANDS and COMMANDS[command].passes_words:
+        return list(words)
     end = words.index("--") if "--" in words else len(words)
     return [("--dry-run=client" if word == "--dry-run" else word) for word in words[:end]] + list(words[end:])
+
+
+def _command_in(words: Sequence[str]) -> str:
+    """The first word that is neither an option of all commands nor its value."""
+    rest = iter(words)
+    for word in rest:
+        if not word.startswith("-"):
+            return word
+        if word in _TAKING_VALUES:
+            next(rest, None)
+    return ""
 
 
 def _usage_error(error: Any) -> int:

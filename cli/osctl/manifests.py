@@ -40,7 +40,7 @@ def read_text(path: str) -> str:
     """The text of a file, or of stdin for `-`. Raises UsageError."""
     try:
         return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a name that no file can have
         words = getattr(error, "strerror", None) or error
         raise UsageError(f"{path} cannot be read: {words}", hint="give a run file, a config, or - for stdin") from error
 
@@ -55,6 +55,8 @@ def read_documents(path: str) -> list[Any]:
         where = getattr(error, "problem_mark", None)
         place = f"{path}, line {where.line + 1}" if where is not None else path
         raise UsageError(f"{place}: {getattr(error, 'problem', None) or error}", hint="correct the YAML") from error
+    except (ValueError, RecursionError) as error:  # a date that is none, or brackets without end
+        raise UsageError(f"{path}: {error}", hint="correct the YAML") from error
     if not found:
         raise UsageError(f"{path} is empty", hint="give a run file or a config")
     return found
@@ -72,8 +74,11 @@ def read_manifests(path: str) -> list[Object]:
     """The objects of a manifest: of our kinds, and ConfigMaps that they read. Raises UsageError."""
     found = []
     for document in read_documents(path):
-        items = document.get("items") if isinstance(document, dict) and document.get("kind") == "List" else [document]
-        for item in items or ():
+        is_list = isinstance(document, dict) and document.get("kind") == "List"
+        items = (document.get("items") or []) if is_list else [document]
+        if not isinstance(items, list):
+            raise UsageError(f"{path}: items of a List is no list", hint="correct the file")
+        for item in items:
             resource_of_object(item, source=path)
             found.append(item)
     return found

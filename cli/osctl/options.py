@@ -41,6 +41,9 @@ ReadBuckets = Annotated[
     bool, typer.Option("--read-buckets", help="Read the catalogue and a table of batch sizes from a bucket, too.")
 ]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+Rank = Annotated[
+    str, typer.Option("--rank", metavar="N|first-failed", help="In whose pod. [default: 0]", show_default=False)
+]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of the run.", autocompletion=complete_target)]
 Target = Annotated[
     str,

@@ -51,10 +51,9 @@ class Output:
 
     def error(self, message: str, hint: str | None) -> None:
         """Why it did not work, and what to do."""
-        style: Style = "bad"
-        _write(sys.stderr, f"{self.styled('error:', style, sys.stderr)} {message}")
+        _write(sys.stderr, f"{self.styled('error:', 'bad', sys.stderr)} {_one_line(message)}")
         if hint:
-            _write(sys.stderr, f"{self.styled('hint:', 'bold', sys.stderr)} {hint}")
+            _write(sys.stderr, f"{self.styled('hint:', 'bold', sys.stderr)} {_one_line(hint)}")
 
     def styled(self, text: str, style: Style, stream: TextIO | None = None) -> str:
         """The text with its colour, where the stream shows colours."""
@@ -116,6 +115,11 @@ def size_text(num_bytes: float) -> str:
             break
         num_bytes /= 1024
     return f"{num_bytes:.0f} {unit}" if unit == "B" or num_bytes >= 100 else f"{num_bytes:.1f} {unit}"
+
+
+def _one_line(text: str) -> str:
+    """Some of it was said by others."""
+    return printable(" ".join(text.split()))
 
 
 def terminal_width() -> int:

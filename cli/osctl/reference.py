@@ -12,7 +12,7 @@ from typing import Any
 from opensora_operator.fields import docs_of
 
 from osctl.errors import ExitCode
-from osctl.main import COMMANDS, load
+from osctl.main import COMMANDS, is_argument, load, usage_of
 from osctl.settings import PREFIX, Settings
 
 _INTRODUCTION = """# osctl
@@ -55,8 +55,8 @@ def _commands() -> Iterable[tuple[str, str]]:
 def _command(name: str) -> str:
     command = load(name)
     own = [parameter for parameter in command.params if not (parameter.name in _OF_ALL and _is_common(parameter))]
-    arguments = [parameter for parameter in own if not parameter.opts[0].startswith("-")]
-    usage = " ".join(["osctl", name, *(_usage(argument) for argument in arguments)])
+    arguments = [parameter for parameter in own if is_argument(parameter)]
+    usage = " ".join(["osctl", name, *map(usage_of, arguments)])
     has_options = len(own) > len(arguments)
     table = _table(("argument or option", "meaning"), ((_name(one), one.help or "") for one in own))
     text = inspect.cleandoc(command.help or "")
@@ -78,16 +78,9 @@ def _options_of_all() -> Iterable[tuple[str, str]]:
     )
 
 
-def _usage(argument: Any) -> str:
-    if argument.metavar:
-        return str(argument.metavar)
-    name = argument.name.upper()
-    return name if argument.required else f"[{name}]"
-
-
 def _name(parameter: Any) -> str:
-    if not parameter.opts[0].startswith("-"):
-        return _code(parameter.metavar or parameter.name.upper())
+    if is_argument(parameter):
+        return _code(usage_of(parameter))
     takes = (
         "" if getattr(parameter, "is_flag", False) or getattr(parameter, "count", False) else " " + _value(parameter)
     )

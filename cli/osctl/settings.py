@@ -111,7 +111,7 @@ def project_file(folder: Path) -> Path | None:
 def _read(path: Path) -> Mapping[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no TOML, or a number without end
         raise UsageError(f"{path} cannot be read: {error}", hint="correct the file or remove it") from error
 
 

@@ -178,10 +178,7 @@ def _next_step(body: Object, spec: TrainingRunSpec, status: TrainingRunStatus, *
         what = "this run" if status.phase is None else "the last change of this run"
         if waited < _SILENT_OPERATOR_SECONDS:
             return f"wait a moment: the operator has not looked at {what} yet"
-        return (
-            f"the operator has not looked at {what}: see whether it runs, "
-            "`kubectl get pods -A -l app.kubernetes.io/name=opensora-operator`"
-        )
+        return f"the operator has not looked at {what}: `osctl doctor` tells whether it works"
     accepted = find(status.conditions, ConditionType.ACCEPTED)
     if accepted is not None and accepted.status == "False":
         return f"{accepted.message or accepted.reason}. {_remedy(status, ConditionType.ACCEPTED)}".strip()

@@ -33,7 +33,13 @@ class Goal:
 
 
 def wait_for(session: Session, place: Target, wanted: Goal, *, seconds: float) -> None:
-    """Return when it is so. Raises OsctlError, with the exit code that says why it will not be."""
+    """Print when it is so. Raises OsctlError, with the exit code that says why it will not be."""
+    reach(session, place, wanted, seconds=seconds)
+    session.output.data(f"{place} {wanted.text}")
+
+
+def reach(session: Session, place: Target, wanted: Goal, *, seconds: float) -> Object:
+    """The object once it is so. Raises OsctlError, with the exit code that says why it will not be."""
     deadline = time.monotonic() + seconds
     last = ""
 
@@ -48,8 +54,7 @@ def wait_for(session: Session, place: Target, wanted: Goal, *, seconds: float) -
             session.output.note(f"{place.name}: {phase}")
             last = phase
         if wanted.is_reached(body):
-            session.output.data(f"{place} {wanted.text}")
-            return
+            return body
         if is_over(body):
             failed = condition(body, "Failed")
             why = f": {failed.get('reason')}: {failed.get('message')}" if failed.get("status") == "True" else ""

@@ -20,12 +20,13 @@ class Shell(StrEnum):
 
 
 def completion(
-    session: Session, shell: Annotated[Shell, typer.Argument(help="The shell.", show_default=False)]
+    session: Session, shell: Annotated[Shell, typer.Argument(help="bash, zsh, fish or powershell.", show_default=False)]
 ) -> None:
     """Print the completion script of a shell.
 
-    It completes commands, options and names of runs. For bash: `source <(osctl completion bash)`, in ~/.bashrc to keep
-    it.
+    It completes commands, options and names of runs. To keep it, with bash: `source <(osctl completion bash)` in
+    ~/.bashrc; with zsh: `source <(osctl completion zsh)` in ~/.zshrc; with fish: `osctl completion fish >
+    ~/.config/fish/completions/osctl.fish`.
     """
     from typer import completion as scripts  # slow to import
 

@@ -22,7 +22,7 @@ class Action(StrEnum):
 
 def config(
     session: Session,
-    action: Annotated[Action, typer.Argument(help="`view` shows them.", show_default=False)],
+    action: Annotated[Action, typer.Argument(help="What to do with them: `view`.", show_default=False)],
     output: OutputFormat = None,
 ) -> None:
     """Show the settings and where each comes from.

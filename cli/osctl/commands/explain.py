@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import textwrap
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -28,7 +29,9 @@ _LIMITS = {
 
 def explain(
     session: Session,
-    field: Annotated[str, typer.Argument(metavar="FIELD", help="Path of the field.", show_default=False)] = "tr",
+    field: Annotated[
+        str, typer.Argument(metavar="[FIELD]", help="Path of the field; a TrainingRun as a whole unless given.")
+    ] = "tr",
 ) -> None:
     """Describe a field of a run file or a config.
 
@@ -57,7 +60,12 @@ def _describe(kind: str, schema: Mapping[str, Any], path: list[str]) -> str:
             names = f"did you mean {close[0]}?" if close else f"it has {', '.join(known) or 'no fields'}"
             raise OsctlError(f"{place} has no field {name!r}", hint=names, exit_code=ExitCode.NOT_FOUND)
         schema, place = known[name], f"{place}.{name}"
-    description = textwrap.fill(str(schema.get("description", "")), width=max(40, terminal_width()))
+    description = textwrap.fill(
+        str(schema.get("description", "")),
+        width=max(40, terminal_width()),
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
     lines = [f"{place} ({_type(schema)})", "", description, ""]
     facts = [(words, str(schema[key])) for key, words in _LIMITS.items() if key in schema]
     if "enum" in schema:
@@ -69,16 +77,30 @@ def _describe(kind: str, schema: Mapping[str, Any], path: list[str]) -> str:
     inner = schema.get("items") or schema
     required = inner.get("required") or ()
     entries = [
-        _entry(name, _type(entry) + (", required" if name in required else ""), str(entry.get("description", "")))
+        _entry(name, _type(entry) + _needed(entry, is_required=name in required), str(entry.get("description", "")))
         for name, entry in (inner.get("properties") or {}).items()
     ]
-    return "\n".join([*lines, *([""] if facts and entries else []), *entries]).rstrip()
+    return "\n".join([*lines, *([""] if lines[-1] and entries else []), *entries]).rstrip()
+
+
+def _needed(schema: Mapping[str, Any], *, is_required: bool) -> str:
+    default = schema.get("default")
+    if is_required:
+        return ", required"
+    return "" if default in (None, "", [], {}) or isinstance(default, dict) else f", default {json.dumps(default)}"
 
 
 def _entry(name: str, kind: str, doc: str) -> str:
     """A field with its description below it, as wide as the terminal."""
     indent = " " * 6
-    text = textwrap.fill(doc, width=max(40, terminal_width()), initial_indent=indent, subsequent_indent=indent)
+    text = textwrap.fill(
+        doc,
+        width=max(40, terminal_width()),
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
     return f"  {name} ({kind})\n{text}"
 
 

@@ -16,7 +16,9 @@ from osctl.targets import fetch, parse_run, refuse_ended
 def scale(
     session: Session,
     run: RunName,
-    nodes: Annotated[int, typer.Option("--nodes", min=1, max=4096, help="The new number.", show_default=False)],
+    nodes: Annotated[
+        int, typer.Option("--nodes", metavar="N", min=1, max=4096, help="The new number.", show_default=False)
+    ],
     dry_run: DryRunOption = None,
 ) -> None:
     """Change a run's number of nodes.

@@ -33,19 +33,27 @@ _A_LONG_TIME = 365 * 86_400.0
 def train(
     session: Session,
     file: Annotated[str, typer.Argument(metavar="FILE", help="A run file, a config (.py, .yaml), or - for stdin.")],
-    name: Annotated[str | None, typer.Option("--name", help="Name. [default: the file's]", show_default=False)] = None,
-    nodes: Annotated[int | None, typer.Option("--nodes", min=1, max=4096, help="Pods.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Option("--name", metavar="NAME", help="Name of the run. [default: the file's]", show_default=False),
+    ] = None,
+    nodes: Annotated[int | None, typer.Option("--nodes", metavar="N", min=1, max=4096, help="Number of pods.")] = None,
     procs_per_node: Annotated[
         str | None, typer.Option("--procs-per-node", metavar="N|auto", help="Ranks per pod.")
     ] = None,
-    image: Annotated[str | None, typer.Option("--image", help="Image of the trainer.")] = None,
-    run_uri: Annotated[str | None, typer.Option("--run-uri", metavar="URI", help="Run directory.")] = None,
+    image: Annotated[str | None, typer.Option("--image", metavar="IMAGE", help="Image of the trainer.")] = None,
+    run_uri: Annotated[
+        str | None,
+        typer.Option("--run-uri", metavar="URI", help="Run directory: where checkpoints, logs and samples go."),
+    ] = None,
     data: Annotated[str | None, typer.Option("--data", metavar="URI", help="Catalogue of the clips.")] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the config; repeat it for more.")
     ] = None,
-    queue: Annotated[str | None, typer.Option("--queue", help="Queue that admits the run.")] = None,
-    profile: Annotated[str | None, typer.Option("--profile", help="ClusterTrainingProfile.")] = None,
+    queue: Annotated[str | None, typer.Option("--queue", metavar="NAME", help="Queue that admits the run.")] = None,
+    profile: Annotated[
+        str | None, typer.Option("--profile", metavar="NAME", help="ClusterTrainingProfile that fills in the rest.")
+    ] = None,
     suspend: Annotated[bool, typer.Option("--suspend", help="Create it suspended.")] = False,
     wait: Annotated[bool, typer.Option("--wait", "-w", help="Wait until it is done, and end as it ends.")] = False,
     follow: Annotated[

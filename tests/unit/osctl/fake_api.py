@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -39,6 +40,10 @@ class FakeApi:
 
     answers: dict[tuple[str, str], list[tuple[int, Any]]] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
+    tls: ssl.SSLContext | None = None
+    """Speaks HTTPS with it."""
+    knows: Callable[[Mapping[str, str], Mapping[str, Any] | None], bool] = lambda headers, certificate: True
+    """Whether it knows who asks, by headers and client certificate."""
 
     def __enter__(self) -> Self:
         api = self
@@ -53,7 +58,11 @@ class FakeApi:
                 body = json.loads(text) if text else None
                 request = Request(self.command, path, query, body, dict(self.headers.items()))
                 api.requests.append(request)
-                status, answer = api.answer(request)
+                certificate = self.connection.getpeercert() if isinstance(self.connection, ssl.SSLSocket) else None
+                if api.knows(request.headers, certificate):
+                    status, answer = api.answer(request)
+                else:
+                    status, answer = refusal(401, "Unauthorized", "Unauthorized")
                 if isinstance(answer, Iterator):
                     self.stream(answer)
                     return
@@ -82,8 +91,12 @@ class FakeApi:
             def log_message(self, format: str, *args: Any) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = _Server(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
+        if self.tls is not None:  # the handshake is the business of the thread that answers
+            self._server.socket = self.tls.wrap_socket(
+                self._server.socket, server_side=True, do_handshake_on_connect=False
+            )
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
         self._thread.start()
         return self
@@ -95,7 +108,7 @@ class FakeApi:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}"
+        return f"http{'s' if self.tls is not None else ''}://127.0.0.1:{self._server.server_port}"
 
     def on(self, method: str, path: str, *answers: Any, status: int = 200) -> None:
         """Give these answers one after the other, the last one for ever. A tuple is (status, answer)."""
@@ -122,6 +135,11 @@ class FakeApi:
             "contexts": [{"name": "fake", "context": {"cluster": "c", "user": "u", "namespace": "team"}}],
         }
         path.write_text(yaml.safe_dump(config))
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hangs up, or that TLS turns away, is what some tests are about."""
 
 
 def refusal(status: int, reason: str, message: str, **details: Any) -> tuple[int, Any]:

@@ -63,6 +63,27 @@ def test_every_command_explains_itself(osctl: Any, name: str) -> None:
     assert ("--namespace" in result.out) == COMMANDS[name].asks_cluster
 
 
+@pytest.mark.parametrize(
+    ("name", "usage"),
+    [
+        ("train", "FILE"),
+        ("lint", "FILE..."),
+        ("get", "[KIND] [NAME]..."),
+        ("wait", "[KIND/]NAME"),
+        ("delete", "[KIND/]NAME..."),
+        ("exec", "RUN [-- COMMAND...]"),
+        ("forward", "RUN [LOCAL:]PORT..."),
+        ("explain", "[FIELD]"),
+        ("config", "ACTION"),
+    ],
+)
+def test_a_usage_line_reads_as_it_is_typed(osctl: Any, name: str, usage: str) -> None:
+    lines = osctl(name, "--help").out.splitlines()
+    assert lines[0] == f"Usage: osctl {name} [OPTIONS] {usage}"
+    assert any(line.split()[:2] == ["-h,", "--help"] for line in lines)
+    assert not [line for line in lines if "<str>" in line or "range>" in line], "every value has a name"
+
+
 def test_nothing_asked_is_a_usage_error_with_the_list_of_commands(osctl: Any) -> None:
     result = osctl()
     assert (result.code, result.out) == (2, "")

@@ -145,7 +145,7 @@ def _done() -> World:
         (lambda: _unseen(5), "wait a moment: the operator has not looked at this run yet"),
         (
             lambda: _unseen(500),
-            "see whether it runs, `kubectl get pods -A -l app.kubernetes.io/name=opensora-operator`",
+            "has not looked at this run: `osctl doctor` tells whether it works",
         ),
         (_done, "nothing to do: the run is done. Weights and samples are in s3://bucket/demo"),
         (_failed_once, "nothing to do: attempt 2 starts in 10s"),

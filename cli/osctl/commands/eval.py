@@ -1,0 +1,26 @@
+"""`osctl eval`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from osctl.session import Session
+from osctl.tools import Group, run_tool
+
+
+def eval(
+    session: Session,
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[TOOL] [ARGUMENT]...", help="Tool, and its own arguments.")
+    ] = None,
+) -> int:
+    """Run an evaluation on this machine.
+
+    Without a tool it lists those that this version has. Arguments are the tool's own, `--help` too; options of osctl
+    stand before the tool. It ends with the tool's exit code.
+
+    Example: `osctl eval`.
+    """
+    return run_tool(session, Group("eval", "opensora.evaluation", "eval"), words or [])
