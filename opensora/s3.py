@@ -23,7 +23,9 @@ from uuid import uuid4
 
 import aiobotocore.session
 import aiohttp
+import botocore.config
 import botocore.exceptions as boto
+import botocore.session
 import s3fs
 from botocore.parsers import ResponseParserError
 from fsspec.asyn import sync
@@ -197,24 +199,26 @@ class Connection:
         self.patience = Patience(self.store)
         self.known_buckets: set[str] = set()
         self._slack_seconds = connect_seconds + read_seconds
+        self._endpoint_url = endpoint_url
+        self._lock = threading.Lock()
+        self._reader: Any = None
+        self._settings = {
+            "connect_timeout": connect_seconds,
+            "read_timeout": read_seconds,
+            "retries": {"total_max_attempts": 1, "mode": "standard"},
+            "max_pool_connections": 64,
+            # Checksum trailers are refused by several stores that are not Amazon's.
+            "request_checksum_calculation": "when_required",
+            "response_checksum_validation": "when_required",
+        }
         session = aiobotocore.session.AioSession()
-        if endpoint_url and "amazonaws.com" not in endpoint_url:
-            # No machine role of Amazon's opens another store, and asking for one hangs where there is no such service.
-            session.get_component("credential_provider").remove("iam-role")
+        self._restrict(session)
         self._fs = s3fs.S3FileSystem(
             endpoint_url=endpoint_url,
             session=session,
             skip_instance_cache=True,
             use_listings_cache=False,
-            config_kwargs={
-                "connect_timeout": connect_seconds,
-                "read_timeout": read_seconds,
-                "retries": {"total_max_attempts": 1, "mode": "standard"},
-                "max_pool_connections": 64,
-                # Checksum trailers are refused by several stores that are not Amazon's.
-                "request_checksum_calculation": "when_required",
-                "response_checksum_validation": "when_required",
-            },
+            config_kwargs=self._settings,
         )
         self._fs.retries = 1
 
@@ -227,7 +231,7 @@ class Connection:
         try:
             return sync(self._fs.loop, self._call, method, timeout, arguments)  # type: ignore[no-any-return]
         except Exception as error:
-            raise self._translate(error, method, arguments) from error
+            raise self.translate(error, method, arguments) from error
 
     async def _call(self, method: str, timeout: float, arguments: dict[str, Any]) -> dict[str, Any]:
         async with asyncio.timeout(timeout):
@@ -237,7 +241,33 @@ class Connection:
                     answer["Body"] = [chunk async for chunk in _small_chunks(body)]
         return answer
 
-    def _translate(self, error: Exception, method: str, arguments: dict[str, Any]) -> Exception:
+    def open(self, **arguments: Any) -> Body:
+        """An object whose content the calling thread reads by itself, as it comes; tried once.
+
+        Large amounts take a third less of a processor's time on this way than through the event loop. Raises as `call`.
+        """
+        try:
+            answer = self._find_reader().get_object(**arguments)
+        except Exception as error:
+            raise self.translate(error, "get_object", arguments) from error
+        return Body(self, answer, arguments)
+
+    def _find_reader(self) -> Any:
+        with self._lock:  # making a client is not for several threads
+            if self._reader is None:
+                session = botocore.session.Session()
+                self._restrict(session)
+                config = botocore.config.Config(**self._settings)
+                self._reader = session.create_client("s3", endpoint_url=self._endpoint_url, config=config)
+            return self._reader
+
+    def _restrict(self, session: botocore.session.Session) -> None:
+        """No machine role of Amazon's opens another store, and asking for one hangs where there is no such service."""
+        if self._endpoint_url and "amazonaws.com" not in self._endpoint_url:
+            session.get_component("credential_provider").remove("iam-role")
+
+    def translate(self, error: Exception, method: str, arguments: dict[str, Any]) -> Exception:
+        """What an exception of a request means, as one of those that `call` raises."""
         uri = _uri(arguments["Bucket"], arguments.get("Key", arguments.get("Prefix", "")))
         answer = _client_error(error)
         if answer is not None:
@@ -290,6 +320,31 @@ class Connection:
         return StorageError(f"{uri}: the storage at {self.store} refused the request ({said}: {text})")
 
 
+class Body:
+    """The content of an answer, read piece by piece."""
+
+    def __init__(self, connection: Connection, answer: dict[str, Any], arguments: dict[str, Any]) -> None:
+        self.range = str(answer.get("ContentRange"))
+        """What part of what it is: `bytes 0-99/200`."""
+        self._connection = connection
+        self._content = answer["Body"]
+        self._arguments = arguments
+
+    def read(self) -> bytes:
+        """Some more. Raises TransientError where there is none."""
+        try:
+            chunk: bytes = self._content.read(_READ_BYTES)
+        except Exception as error:
+            raise self._connection.translate(error, "get_object", self._arguments) from error
+        if not chunk:
+            raise TransientError("the answer broke off", answered=True)
+        return chunk
+
+    def close(self) -> None:
+        """Give up what was not read."""
+        self._content.close()
+
+
 class S3Objects:
     """One bucket. Keys begin with its name, as in `bucket/folder/object`. Implements `opensora.storage.Backend`."""
 
@@ -329,20 +384,14 @@ class S3Objects:
         chunks: list[bytes] = answer["Body"]
         return chunks, int(total_text) if slash else sum(map(len, chunks)), answer.get("ETag")
 
-    def chunks(self, key: str, *, start: int = 0, known: Entry | None = None) -> Iterator[bytes]:
-        if known is None:
-            first, total, etag = self._range(key, start, PART_BYTES, etag=None)
-            yield from first
-            start += sum(map(len, first))
-        else:
-            _, total, _, etag = known
-        starts = range(start, total, PART_BYTES)
+    def chunks(self, key: str) -> Iterator[bytes]:
+        first, total, etag = self._range(key, 0, PART_BYTES, etag=None)
+        yield from first
+        starts = range(sum(map(len, first)), total, PART_BYTES)
 
         def fetch(start: int) -> list[bytes]:
             length = min(PART_BYTES, total - start)
-            chunks, new_total, _ = self._range(key, start, length, etag=etag)
-            if new_total != total:  # of a store that has no ETags
-                raise changed_error(self.uri(key))
+            chunks, _, _ = self._range(key, start, length, etag=etag)
             count = sum(map(len, chunks))
             if count != length:
                 raise StorageError(f"{self.uri(key)}: got {count} of {length} bytes at {start}")
@@ -351,6 +400,54 @@ class S3Objects:
         if starts:
             for chunks in _in_order(fetch, starts):
                 yield from chunks
+
+    def stream(self, known: Entry, *, start: int) -> Iterator[bytes]:
+        total = known[1]
+        if total - start <= 2 * PART_BYTES:
+            yield from self._follow(known, start, total)
+            return
+
+        def fetch(start: int) -> list[bytes]:
+            return list(self._follow(known, start, min(start + PART_BYTES, total)))
+
+        for chunks in _in_order(fetch, range(start, total, PART_BYTES)):
+            yield from chunks
+
+    def _follow(self, known: Entry, start: int, end: int) -> Iterator[bytes]:
+        """A range as it comes; where it breaks off, it is asked for again from there on."""
+        body: Body | None = None
+
+        def go_on() -> bytes:
+            nonlocal body
+            if body is None:
+                body = self._open(known, start, end)
+            try:
+                return body.read()
+            except TransientError:
+                body.close()
+                body = None
+                raise
+
+        try:
+            while start < end:
+                chunk = self._connection.patience.run(go_on, deadline_seconds=self._deadline_seconds)
+                start += len(chunk)
+                yield chunk
+        finally:
+            if body is not None:
+                body.close()
+
+    def _open(self, known: Entry, start: int, end: int) -> Body:
+        key, total, _, etag = known
+        arguments = {"Range": f"bytes={start}-{end - 1}"} | ({"IfMatch": etag} if etag else {})
+        try:
+            body = self._connection.open(Bucket=self._bucket, Key=self._name(key), **arguments)
+        except (PreconditionError, RangeError) as error:
+            raise changed_error(self.uri(key)) from error
+        if body.range != f"bytes {start}-{end - 1}/{total}":
+            body.close()
+            raise changed_error(self.uri(key))
+        return body
 
     def info(self, key: str) -> Entry:
         answer = self._request("head_object", key=key)

@@ -79,7 +79,8 @@ class Backend(Protocol):
 
     def uri(self, key: str) -> str: ...
     def piece(self, key: str, start: int, length: int, *, etag: str | None = None) -> Piece: ...
-    def chunks(self, key: str, *, start: int = 0, known: Entry | None = None) -> Iterator[bytes]: ...
+    def chunks(self, key: str) -> Iterator[bytes]: ...
+    def stream(self, known: Entry, *, start: int) -> Iterator[bytes]: ...
     def info(self, key: str) -> Entry: ...
     def put(self, key: str, size: int, read: Callable[[int, int], bytes]) -> None: ...
     def create(self, key: str, data: bytes) -> bool: ...
@@ -166,8 +167,7 @@ class Storage:
 
         Raises ObjectNotFoundError, and ObjectChangedError where the object has another content by now.
         """
-        key = self._key(info.path)
-        return self._backend.chunks(key, start=start, known=(key, info.size, info.modified, info.etag))
+        return self._backend.stream((self._key(info.path), info.size, info.modified, info.etag), start=start)
 
     def list(self, prefix: str = "") -> ObjectInfos:
         """All objects in a folder and its folders, sorted by path; empty when there is no such folder."""
@@ -337,10 +337,16 @@ class LocalFiles:
             file.seek(start)
             return Piece(file.read(length), os.fstat(file.fileno()).st_size, etag)
 
-    def chunks(self, key: str, *, start: int = 0, known: Entry | None = None) -> Iterator[bytes]:
+    def chunks(self, key: str) -> Iterator[bytes]:
+        with _local_errors(key), open(key, "rb") as file:
+            while chunk := file.read(_COPY_BYTES):
+                yield chunk
+
+    def stream(self, known: Entry, *, start: int) -> Iterator[bytes]:
+        key = known[0]
         with _local_errors(key), open(key, "rb") as file:
             status = os.fstat(file.fileno())
-            if known is not None and (status.st_size, status.st_mtime) != known[1:3]:
+            if (status.st_size, status.st_mtime) != known[1:3]:
                 raise changed_error(key)
             file.seek(start)
             while chunk := file.read(_COPY_BYTES):
@@ -428,10 +434,13 @@ class MemoryObjects:
         data = self._content(key)
         return Piece(data[start : start + length], len(data), etag)
 
-    def chunks(self, key: str, *, start: int = 0, known: Entry | None = None) -> Iterator[bytes]:
-        if known is not None and self.info(key)[1:3] != known[1:3]:
-            raise changed_error(self.uri(key))
-        yield self._content(key)[start:]
+    def chunks(self, key: str) -> Iterator[bytes]:
+        yield self._content(key)
+
+    def stream(self, known: Entry, *, start: int) -> Iterator[bytes]:
+        if self.info(known[0])[1:3] != known[1:3]:
+            raise changed_error(self.uri(known[0]))
+        yield self._content(known[0])[start:]
 
     def info(self, key: str) -> Entry:
         file = self._find(key)

@@ -23,7 +23,14 @@ import botocore.session
 import pytest
 
 from opensora.config.train import StorageConfig
-from opensora.errors import ExitCode, ObjectNotFoundError, StorageAccessError, StorageError, StorageUnavailableError
+from opensora.errors import (
+    ExitCode,
+    ObjectChangedError,
+    ObjectNotFoundError,
+    StorageAccessError,
+    StorageError,
+    StorageUnavailableError,
+)
 from opensora.quickstart.object_store import ObjectStore
 from opensora.spool import FolderSpool, PartSpool
 from opensora.storage import Storage, locate
@@ -92,6 +99,21 @@ def test_an_object_that_is_replaced_while_it_is_open_is_not_mixed_with_the_new_o
     reader.seek(2 * MIB)
     with pytest.raises(StorageError, match="was replaced while it was read"):
         reader.read(10)
+
+
+def test_a_stream_is_of_the_object_that_was_listed(storage: Storage, large: bytes) -> None:
+    for content in (b"", b"x", large):
+        storage.write("object", content)
+        (info,) = storage.list()
+        assert b"".join(storage.stream(info)) == content
+        assert b"".join(storage.stream(info, start=len(content) // 2)) == content[len(content) // 2 :]
+    for other in (large[::-1], large[:100], large + b"x"):
+        storage.write("object", other)
+        with pytest.raises(ObjectChangedError):
+            list(storage.stream(info))
+    storage.delete("object")
+    with pytest.raises(ObjectNotFoundError):
+        list(storage.stream(info))
 
 
 def test_an_object_is_created_once_by_one_of_many(storage: Storage) -> None:
@@ -472,6 +494,19 @@ def test_an_answer_that_breaks_off_is_fetched_again(behind_proxy: Storage, proxy
         "cut the answer" if method == "GET" and number % 3 == 0 else "forward"
     )
     assert behind_proxy.read("large") == large
+
+
+@pytest.mark.parametrize("size", [3 * MIB, 40 * MIB])
+def test_a_stream_goes_on_where_it_broke_off(behind_proxy: Storage, proxy: Proxy, large: bytes, size: int) -> None:
+    content = (large * 2)[:size]
+    behind_proxy.write("object", content)
+    info = behind_proxy.info("object")
+    begin = proxy.num_requests
+    proxy.interfere = lambda number, method, path: "cut the answer" if number < begin + 2 else "forward"
+    assert b"".join(behind_proxy.stream(info)) == content
+    assert proxy.num_requests > begin + 2
+    proxy.interfere = lambda number, method, path: "slow down" if number % 2 else "forward"
+    assert b"".join(behind_proxy.stream(info, start=1000)) == content[1000:]
 
 
 def test_who_created_is_known_although_the_first_answer_was_lost(behind_proxy: Storage, proxy: Proxy) -> None:
