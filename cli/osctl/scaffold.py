@@ -23,7 +23,7 @@ data:
   # Resolution: {frames: [share of the clips that is used, clips per batch]}.
   # `osctl search config.yaml --wait --apply-to run.yaml` finds the largest batches that fit.
   bucket_config:
-    128px: {17: [1.0, 8], 51: [1.0, 2]}
+    144p: {17: [1.0, 8], 51: [1.0, 2]}
 
 train: {steps: 10000, log_every: 20}
 optim: {lr: 1.0e-4, warmup_steps: 500, grad_clip: 1.0, ema_decay: 0.999}

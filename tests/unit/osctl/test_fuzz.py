@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import string
 import sys
 from collections.abc import Iterator
@@ -56,7 +57,8 @@ def _check(result: Result, *, prints: bool = False) -> None:
     assert "Traceback" not in result.err, result
     if result.code:
         assert prints or result.out == "", result
-        assert result.err.startswith("error: ") or "Usage:" in result.err or prints, result
+        says_why = re.search("^error: ", result.err, flags=re.M)  # `-v` tells of requests before
+        assert says_why or "Usage:" in result.err or prints, result
         assert all(char.isprintable() or char == "\n" for char in result.err), result
 
 
