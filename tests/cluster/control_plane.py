@@ -53,6 +53,12 @@ class ApiError(Exception):
         self.code = code
 
 
+def _is_denied(event: dict[str, Any]) -> bool:
+    """By who asks; a quota or an admission webhook refuses with the same code."""
+    decision = (event.get("annotations") or {}).get("authorization.k8s.io/decision")
+    return event["responseStatus"]["code"] == 401 or decision == "forbid"
+
+
 class ControlPlane:
     """A control plane without nodes. A context manager; it also ends with this process on Linux.
 
@@ -262,7 +268,7 @@ class ControlPlane:
         return [
             f"{event['verb']} {event['requestURI']}"
             for event in self.audit_events(since, identity=identity)
-            if event["responseStatus"]["code"] in (401, 403)
+            if _is_denied(event)
             and not any(start <= time_of(event) <= start + _WARM_UP_SECONDS for start in self._restarts)
         ]
 

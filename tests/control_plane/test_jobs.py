@@ -10,7 +10,7 @@ import pytest
 from control_plane import ControlPlane
 from job_stage import SAMPLE, SEARCH, JobStage, report, verdict
 from operator_process import OperatorProcess, grant
-from stage import Kubelets, Stage, playing_kubelets
+from stage import API, Kubelets, Stage, playing_kubelets
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
@@ -57,6 +57,15 @@ def test_all_shards_are_sampled_two_at_a_time(sample: JobStage) -> None:
     header, row = sample.control_plane.kubectl("get", "sj", "-n", sample.namespace).splitlines()
     assert header.split() == ["NAME", "PHASE", "SHARDS", "FAILED", "STEP", "AGE"]
     assert row.split()[:3] == ["demo", "Succeeded", "3/3"]
+
+
+def test_a_sample_job_is_gone_after_its_time_with_all_it_owned(sample: JobStage) -> None:
+    sample.create(cleanup={"ttlSecondsAfterFinished": 1}).until_phase("Running")
+    for index in range(3):
+        sample.end_pod(sample.running_pod(index), 0, verdict(0, "done"))
+    path = f"{API}/namespaces/{sample.namespace}/samplejobs"
+    sample.until(lambda: not sample.request("GET", path)["items"], what="its removal")
+    sample.until(lambda: not sample.jobs() and not sample.pods(), what="nothing is left")
 
 
 def test_a_shard_that_fails_is_tried_again_and_a_hopeless_one_is_not(sample: JobStage) -> None:
