@@ -80,7 +80,7 @@ def test_a_sample_job_is_what_its_dry_run_said(
 ) -> None:
     words = (
         "sample", "--checkpoint", "s3://bucket/run", "--step", "200", "--prompt", "a cat", "--prompt", "a dog",
-        "--image-size", "64x64", "--num-frames", "17", "--output-uri", "s3://bucket/clips", "--image", "example.com/x:1",
+        "--image-size", "64x64", "--num-frames", "17", "--output-uri", "s3://bucket/clips", "--image", "x:1",
         "--reference", "a.png", "--reference", "", "--name", "clips",
     )  # fmt: skip
     shown = _foretold(terminal.run(*words, "--dry-run=server", "-o", "json"))
