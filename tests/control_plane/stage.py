@@ -17,6 +17,7 @@ from operator_process import eventually
 
 Object = dict[str, Any]
 API = "/apis/opensora.dev/v1alpha1"
+_INDEX = "batch.kubernetes.io/job-completion-index"
 _POLL_SECONDS = 0.15
 _HEARTBEAT_SECONDS = 2.0
 _LINGER_SECONDS = 1.0
@@ -54,6 +55,8 @@ class Kubelets(threading.Thread):
                     self._keep_nodes()
                 selector = "labelSelector=opensora.dev/uid"
                 for pod in self._control_plane.request("GET", f"/api/v1/pods?{selector}")["items"]:
+                    if _INDEX not in pod["metadata"].get("annotations", {}):
+                        continue  # no Job has made it
                     with contextlib.suppress(ApiError):  # it has changed or is gone
                         self._look_after(pod)
 
@@ -95,7 +98,7 @@ class Kubelets(threading.Thread):
             self._control_plane.request("PATCH", f"{path}/status", change, content_type=content)
 
     def _bind(self, pod: Object) -> None:
-        index = pod["metadata"]["annotations"]["batch.kubernetes.io/job-completion-index"]
+        index = pod["metadata"]["annotations"][_INDEX]
         target = {"apiVersion": "v1", "kind": "Node", "name": f"node-{index}"}
         body = {"apiVersion": "v1", "kind": "Binding", "metadata": {"name": pod["metadata"]["name"]}, "target": target}
         self._control_plane.request("POST", f"{path_of(pod)}/binding", body)
