@@ -528,8 +528,8 @@ def _lines(pieces: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _quoted(name: str) -> str:
-    """A name as a part of a path. Raises UsageError for those that would make it another path."""
-    if name in ("", ".", ".."):
+    """A name as a part of a path. Raises UsageError for those that cannot be one."""
+    if name in ("", ".", "..") or "/" in name or "%" in name:
         raise UsageError(f"{name!r} is no name", hint="names have lower-case letters, digits and -")
     return quote(name, safe="", errors="replace")
 

@@ -257,7 +257,7 @@ class ControlPlane:
                 if last in line or not line.endswith(b"\n"):  # the latter is still being written
                     return
                 event: dict[str, Any] = json.loads(line)
-                if user is None or event["user"]["username"] == user:
+                if user is None or event["user"].get("username") == user:
                     yield event
 
     def denials(self, since: int = 0, *, identity: str) -> list[str]:
