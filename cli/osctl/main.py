@@ -319,6 +319,9 @@ def _foreign_error(error: Exception) -> int:
     if isinstance(error, OSError) and error.filename:
         Output().error(f"{error.filename}: {error.strerror}", None)
         return int(ExitCode.ERROR)
+    if isinstance(error, UnicodeEncodeError):
+        Output().error(f"{ascii(error.object)[:60]} is no text that can be written", "use characters of Unicode")
+        return int(ExitCode.USAGE)
     if os.environ.get(DEBUG):
         raise error
     Output().error(

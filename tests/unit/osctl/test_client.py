@@ -115,7 +115,7 @@ def test_an_answer_of_something_else_is_no_traceback(api: FakeApi) -> None:
 @pytest.mark.parametrize(
     ("namespace", "name", "path"),
     [
-        ("team", "a/b?c", f"{RUNS}/a%2Fb%3Fc"),
+        ("team", "a b?c", f"{RUNS}/a%20b%3Fc"),
         (None, None, "/apis/opensora.dev/v1alpha1/trainingruns"),
     ],
 )
